@@ -1,0 +1,1 @@
+"""Weight files and the ggml graphs that compute with them."""

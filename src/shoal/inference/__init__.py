@@ -1,0 +1,1 @@
+"""Requests, micro-batches and what of a conversation can be kept. Pure."""

@@ -1,0 +1,1 @@
+"""A cluster without hardware: models of any shape with random weights."""

@@ -1,0 +1,1 @@
+"""The real world behind the decisions: agent, worker processes, measurements of this device."""
