@@ -1,0 +1,75 @@
+"""What an answer cost, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from shoal.runtime.messages import EngineDescription, Finished, StageTimes
+from shoal.units import format_bytes, format_seconds
+
+
+def tokens_per_s(finished: Finished) -> float:
+    """Decoded tokens per second; the first token belongs to the prefill."""
+    steps = max(0, len(finished.token_ids) - 1)
+    return steps / finished.decode_s if steps and finished.decode_s > 0 else 0.0
+
+
+def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[str, Any]:
+    """One JSON object: `devices, layers, prompt_tokens, tokens, token_ids, text, tokens_per_s, stages` and more."""
+    times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
+    return {
+        "model": engine.model,
+        "devices": [stage.device for stage in engine.stages],
+        "layers": [[stage.first, stage.stop] for stage in engine.stages],
+        "prompt_tokens": finished.prompt_tokens,
+        "cached_tokens": finished.cached_tokens,
+        "tokens": len(finished.token_ids),
+        "token_ids": finished.token_ids,
+        "text": text,
+        "finish_reason": finished.reason,
+        "prefill_s": round(finished.prefill_s, 6),
+        "tokens_per_s": round(tokens_per_s(finished), 3),
+        "stages": [
+            {
+                "device": stage.device,
+                "layers": [stage.first, stage.stop],
+                "threads": stage.num_threads,
+                "memory_bytes": stage.memory_bytes,
+                "head": stage.head,
+                "compute_s": time.compute_s if time else 0.0,
+                "wait_s": time.wait_s if time else 0.0,
+                "wire_s": time.wire_s if time else 0.0,
+            }
+            for stage, time in zip(engine.stages, times, strict=True)
+        ],
+        "left_out": [[device, reason] for device, reason in engine.left_out],
+    }
+
+
+def breakdown(engine: EngineDescription, finished: Finished) -> Table:
+    """Who held which layers, and where a token's time went."""
+    rate = tokens_per_s(finished)
+    table = Table(
+        "device", "layers", "threads", "memory", "compute", "wait", "wire",
+        title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
+        f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}",
+        title_justify="left",
+        caption="per token, medians: computing, waiting for the others, sending and receiving",
+        caption_justify="left",
+        box=None,
+    )  # fmt: skip
+    times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
+    for stage, time in zip(engine.stages, times, strict=True):
+        layers = f"{stage.first}-{stage.stop - 1}" if stage.stop > stage.first else "none"
+        table.add_row(
+            f"{stage.device} (head)" if stage.head else stage.device,
+            layers,
+            str(stage.num_threads),
+            format_bytes(stage.memory_bytes),
+            *([format_seconds(part) for part in (time.compute_s, time.wait_s, time.wire_s)] if time else ["-"] * 3),
+        )
+    for device, reason in engine.left_out:
+        table.add_row(device, f"[dim]left out: {reason}[/]")
+    return table

@@ -1,0 +1,218 @@
+"""`shoal run`: one answer, or a chat."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+from rich.console import Console
+
+from shoal.cli.client import agent_address, open_channel
+from shoal.cli.report import breakdown, summary
+from shoal.errors import RequestError
+from shoal.runtime import errors_by_name
+from shoal.runtime.channel import Channel
+from shoal.runtime.messages import (
+    ChatMessage,
+    Delta,
+    EngineDescription,
+    EngineOptions,
+    Failed,
+    Finished,
+    Generate,
+    Progress,
+    Sampling,
+)
+
+_CHAT_HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was typed: which agent, which engine, and how to answer."""
+
+    agent: str | None = None
+    own_agent: list[str] = field(default_factory=list)
+    options: EngineOptions = EngineOptions()
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    stop: list[str] = field(default_factory=list)
+    system: str | None = None
+    raw: bool = False
+    verbose: bool = False
+    as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, whole."""
+
+    text: str
+    engine: EngineDescription
+    finished: Finished
+
+
+def parse_counts(text: str | None) -> list[int] | None:
+    """'10,10,10' -> [10, 10, 10]. Raises ValueError."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers {text}: write whole numbers with commas between, such as 10,10,10") from None
+
+
+def run(model: str, prompt: str | None, settings: Settings) -> None:
+    """Answers `prompt`, or what stands on standard input, or starts a chat where that is a terminal."""
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+        if not prompt.strip():
+            raise ValueError("nothing to answer: give a prompt, or text on standard input")
+    asyncio.run(_run(model, prompt, settings))
+
+
+async def _run(model: str, prompt: str | None, settings: Settings) -> None:
+    # The agent resolves names against its own folders; a path is meant as seen from here.
+    async with agent_address(settings.agent, settings.own_agent) as address:
+        channel = await open_channel(address)
+        try:
+            if prompt is None:
+                await _chat(channel, model, settings)
+            else:
+                await _answer_once(channel, model, prompt, settings)
+        finally:
+            await channel.close()
+
+
+async def _answer_once(channel: Channel, model: str, prompt: str, settings: Settings) -> None:
+    request = _request(model, [ChatMessage("user", prompt)], settings)
+    if settings.raw:
+        request = msgspec.structs.replace(request, messages=None, prompt=prompt)
+    show = _discard if settings.as_json else _print_text
+    answer = await generate(channel, request, show=show, status=_status_line(settings))
+    if settings.as_json:
+        print(json.dumps(summary(answer.engine, answer.finished, answer.text)))  # noqa: T201
+        return
+    _print_text("\n")
+    if settings.verbose:
+        Console(stderr=True).print(breakdown(answer.engine, answer.finished))
+
+
+async def _chat(channel: Channel, model: str, settings: Settings) -> None:
+    console = Console(stderr=True)
+    console.print(f"[dim]{_CHAT_HELP}[/]")
+    history: list[ChatMessage] = []
+    while True:
+        try:
+            line = await asyncio.to_thread(input, "> ")
+        except EOFError:
+            _print_text("\n")
+            return
+        if line.strip() in ("/exit", "/quit"):
+            return
+        if line.strip() == "/clear":
+            history.clear()
+            continue
+        if not line.strip():
+            continue
+        history.append(ChatMessage("user", line))
+        try:
+            answer = await generate(
+                channel, _request(model, history, settings), show=_print_text, status=_status_line(settings)
+            )
+        except RequestError as error:
+            history.pop()
+            console.print(f"[red]{error}[/]")
+            continue
+        history.append(ChatMessage("assistant", answer.text))
+        _print_text("\n")
+        if settings.verbose:
+            console.print(breakdown(answer.engine, answer.finished))
+
+
+def _request(model: str, messages: list[ChatMessage], settings: Settings) -> Generate:
+    system = [ChatMessage("system", settings.system)] if settings.system else []
+    return Generate(
+        model=model,
+        messages=[*system, *messages],
+        max_tokens=settings.max_tokens,
+        stop=settings.stop,
+        sampling=settings.sampling,
+        options=settings.options,
+    )
+
+
+async def generate(
+    channel: Channel, request: Generate, *, show: Callable[[str], None], status: Callable[[str], None]
+) -> Answer:
+    """Sends a request and follows it to its end.
+
+    Args:
+        show: takes the answer's text as it comes.
+        status: takes one line on what is being done before the first token; '' when that is over.
+
+    Raises:
+        ShoalError: what the agent reported.
+    """
+    await channel.send(request)
+    engine: EngineDescription | None = None
+    parts: list[str] = []
+
+    def add(text: str) -> None:
+        if text:
+            if not parts:
+                status("")
+            parts.append(text)
+            show(text)
+
+    try:
+        while True:
+            message = await channel.receive()
+            if isinstance(message, Progress):
+                status(_progress_text(message))
+            elif isinstance(message, EngineDescription):
+                engine = message
+            elif isinstance(message, Delta):
+                add(message.text)
+            elif isinstance(message, Failed):
+                raise errors_by_name.revive(message)
+            elif isinstance(message, Finished):
+                add(message.text)
+                assert engine is not None, "the engine is described before its answer"
+                return Answer("".join(parts), engine, message)
+    finally:
+        status("")
+
+
+def _progress_text(progress: Progress) -> str:
+    return f"{progress.text} {progress.done}/{progress.total}" if progress.total else progress.text
+
+
+def _status_line(settings: Settings) -> Callable[[str], None]:
+    """A line that overwrites itself on a terminal; plain lines elsewhere, and only when asked for."""
+    is_terminal = sys.stderr.isatty()
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if is_terminal and (text or shown):
+            sys.stderr.write(f"\r\x1b[2K{text}")
+            sys.stderr.flush()
+        elif settings.verbose and text and text != shown:
+            sys.stderr.write(f"{text}\n")
+        shown = text
+
+    return show
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _discard(_text: str) -> None:
+    pass

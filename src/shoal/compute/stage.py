@@ -1,0 +1,318 @@
+"""Some consecutive layers of a model on one device, with their part of the KV cache: what one hop of the ring computes.
+
+A graph is built once per shape (tokens in the micro-batch, cells of the cache in view, outputs wanted) and kept; every
+further run of that shape only writes its inputs. All graphs share one buffer of activations, because only one runs
+at a time: the buffer is reserved for the largest shape first, so that it never moves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from shoal.compute import ggml
+from shoal.compute.backend import Backend, TensorPort
+from shoal.compute.model import EmbeddingTable, Model
+from shoal.compute.models.transformer import LayerTensors, MicroBatch
+from shoal.compute.weights import Weights
+from shoal.errors import ContextExceeded
+from shoal.ids import LayerRange
+
+L = ggml.lib
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+CELLS_STEP = 256
+"""The KV cache is read in steps of this many cells, so that 256 decode steps share one graph. llama.cpp's figure."""
+_GRAPHS_MAX = 24
+_NODES_PER_LAYER_MAX = 48
+
+
+class Stage:
+    """Layers `layers` of `model`, ready to compute.
+
+    Args:
+        context: tokens that the KV cache holds, at least 1.
+        micro_batch: most tokens in one call of `forward`.
+        head: whether this device also embeds tokens and computes logits; then `layers` end with the model's last.
+        repack: copy matrices into the device's faster order where it has one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: LayerRange,
+        backend: Backend,
+        *,
+        context: int,
+        micro_batch: int = 512,
+        head: bool = False,
+        repack: bool = True,
+    ) -> None:
+        if head and layers.stop != model.shape.num_layers:
+            raise ValueError(f"the head holds the last layers, not {layers} of {model.shape.num_layers}")
+        self.model = model
+        self.layers = layers
+        self.backend = backend
+        self.is_head = head
+        self.context = context
+        self.micro_batch = min(micro_batch, context)
+        self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
+        self.embedding = EmbeddingTable(model) if head else None
+        rope_name = model.rope_factor_name(context=context) if len(layers) else None
+        matrices = [f"blk.{i}.{name}" for i in range(layers.first, layers.stop) for name in model.architecture.matrices]
+        names = [name for i in range(layers.first, layers.stop) for name in model.layer_names(i)]
+        names += [rope_name] if rope_name else []
+        names += [model.output_name, "output_norm.weight"] if head else []
+        matrices += [model.output_name] if head else []
+        self.weights = Weights(model.file, names, matrices=matrices, backend=backend, repack=repack)
+        self._cache = _KeyValueCache(model, len(layers), self._num_cells_max, backend)
+        self._layer_tensors = [self._tensors_of(index, rope_name) for index in range(len(layers))]
+        self._graphs: OrderedDict[tuple[int, int, int], _StageGraph] = OrderedDict()
+        self._allocator = L.ggml_gallocr_new(backend.default_buffer_type)
+        self._reserve()
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.num_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        return int(L.ggml_gallocr_get_buffer_size(self._allocator, 0))
+
+    def forward(self, x_BD: FloatArray, position: int, *, num_outputs: int | None = None) -> FloatArray:
+        """Computes one micro-batch.
+
+        Args:
+            x_BD: hidden states that enter the first layer, [tokens, hidden size], float32.
+            position: of the first token; all before it must have been computed.
+            num_outputs: the head returns logits of that many last tokens; other stages always return all.
+
+        Returns:
+            Hidden states [tokens, hidden size], or on the head logits [num_outputs, vocabulary]: a view that the
+            next call overwrites.
+
+        Raises:
+            ContextExceeded: position + tokens is beyond the cache.
+        """
+        num_tokens = len(x_BD)
+        if not 0 < num_tokens <= self.micro_batch:
+            raise ValueError(f"{num_tokens} tokens in a micro-batch: 1 to {self.micro_batch} are allowed")
+        if position + num_tokens > self.context:
+            raise ContextExceeded(
+                f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context"
+            )
+        wanted = num_tokens if not self.is_head or num_outputs is None else num_outputs
+        graph = self._graph(num_tokens, _cells(position + num_tokens), wanted)
+        return graph.run(self.backend, x_BD, position)
+
+    def forward_tokens(self, token_ids: Sequence[int], position: int, *, num_outputs: int = 1) -> FloatArray:
+        """As `forward`, from token ids, for a head that holds every layer."""
+        return self.forward(self.embed(token_ids), position, num_outputs=num_outputs)
+
+    def embed(self, token_ids: Sequence[int]) -> FloatArray:
+        """Hidden states [tokens, hidden size] that enter layer 0; a fresh array."""
+        assert self.embedding is not None, "only the head embeds"
+        x_BD = np.empty((len(token_ids), self.model.shape.hidden_size), dtype=np.float32)
+        self.embedding.gather(token_ids, x_BD)
+        return x_BD
+
+    def close(self) -> None:
+        """Frees everything but the model file and the backend, which their owners close."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        if self._allocator:
+            L.ggml_gallocr_free(self._allocator)
+            self._allocator = None
+        self._cache.close()
+        self.weights.close()
+
+    def _tensors_of(self, index: int, rope_name: str | None) -> LayerTensors:
+        prefix = f"blk.{self.layers.first + index}."
+        return LayerTensors(
+            weights={
+                name.removeprefix(prefix): t for name, t in self.weights.tensors.items() if name.startswith(prefix)
+            },
+            keys=self._cache.keys[index],
+            values=self._cache.values[index],
+            rope_factors=self.weights.tensors[rope_name] if rope_name else None,
+        )
+
+    def _reserve(self) -> None:
+        """Takes the activation buffer for the largest micro-batch over the whole context, and checks the kernels."""
+        graph = _StageGraph(self, self.micro_batch, self._num_cells_max, self._outputs_max())
+        self.backend.require_support(graph.graph)
+        if not L.ggml_gallocr_reserve(self._allocator, graph.graph):
+            raise MemoryError(f"no memory on {self.backend.device_name} for activations of {self.micro_batch} tokens")
+        graph.close()
+
+    def _outputs_max(self) -> int:
+        # Logits of a whole micro-batch are wanted only when scoring; decoding and prefill want one row. Room for more
+        # is taken when it is asked for, and the graphs are then built anew.
+        return 1 if self.is_head else self.micro_batch
+
+    def _graph(self, num_tokens: int, num_cells: int, num_outputs: int) -> _StageGraph:
+        key = (num_tokens, num_cells, num_outputs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            while len(self._graphs) >= _GRAPHS_MAX:
+                self._graphs.popitem(last=False)[1].close()
+            graph = _StageGraph(self, *key)
+            size_before = self.activation_bytes
+            if not L.ggml_gallocr_alloc_graph(self._allocator, graph.graph):
+                raise MemoryError(f"no memory on {self.backend.device_name} for activations of {num_tokens} tokens")
+            if self.activation_bytes != size_before:
+                # The buffer moved: what older graphs point to is gone.
+                for stale in self._graphs.values():
+                    stale.close()
+                self._graphs.clear()
+            graph.bind(is_host=self.backend.is_host)
+            self._graphs[key] = graph
+        self._graphs.move_to_end(key)
+        return graph
+
+
+class _KeyValueCache:
+    """Keys and values of every token so far, f16, one row per token and layer: [width, cells]."""
+
+    def __init__(self, model: Model, num_layers: int, num_cells: int, backend: Backend) -> None:
+        self._context = ggml.new_context(max(1, 2 * num_layers))
+        shape = model.shape
+        self.keys = [self._new(shape.kv_width, num_cells) for _ in range(num_layers)]
+        self.values = [self._new(shape.value_width, num_cells) for _ in range(num_layers)]
+        self.num_bytes = num_cells * num_layers * shape.kv_bytes_per_token_and_layer
+        self._memory: FloatArray | None = None
+        self._buffer = None
+        if not num_layers:
+            return
+        if backend.is_host:
+            # calloc'ed: pages are taken when a token reaches them, and are zero, so that masked cells hold no NaN.
+            self._memory = np.zeros(self.num_bytes // 4 + 16, dtype=np.float32)
+            base = -(-self._memory.ctypes.data // 64) * 64
+            self._buffer = L.ggml_backend_cpu_buffer_from_ptr(base, self.num_bytes)
+            for tensor in (*self.keys, *self.values):
+                L.ggml_backend_tensor_alloc(self._buffer, tensor, base)
+                base += L.ggml_nbytes(tensor)
+        else:
+            self._buffer = L.ggml_backend_alloc_ctx_tensors_from_buft(self._context, backend.default_buffer_type)
+            if not self._buffer:
+                raise MemoryError(f"no memory on {backend.device_name} for a cache of {self.num_bytes} bytes")
+            L.ggml_backend_buffer_clear(self._buffer, 0)
+
+    def _new(self, width: int, num_cells: int) -> ggml.Tensor:
+        return L.ggml_new_tensor_2d(self._context, L.GGML_TYPE_F16, width, num_cells)
+
+    def close(self) -> None:
+        if self._buffer:
+            L.ggml_backend_buffer_free(self._buffer)
+            self._buffer = None
+        if self._context:
+            L.ggml_free(self._context)
+            self._context = None
+        self._memory = None
+
+
+class _StageGraph:
+    """The stage's layers, drawn for one shape of micro-batch."""
+
+    def __init__(self, stage: Stage, num_tokens: int, num_cells: int, num_outputs: int) -> None:
+        shape = stage.model.shape
+        num_nodes_max = _NODES_PER_LAYER_MAX * (len(stage.layers) + 1)
+        self._context = ggml.new_context(num_nodes_max, extra_bytes=L.ggml_graph_overhead_custom(num_nodes_max, False))
+        self.graph = L.ggml_new_graph_custom(self._context, num_nodes_max, False)
+        self._num_tokens, self._num_cells, self._num_outputs = num_tokens, num_cells, num_outputs
+        self._x = self._input(L.GGML_TYPE_F32, shape.hidden_size, num_tokens)
+        self._batch: MicroBatch | None = None
+        if len(stage.layers):
+            self._batch = MicroBatch(
+                context=self._context,
+                graph=self.graph,
+                num_tokens=num_tokens,
+                num_cells=num_cells,
+                positions_B=self._input(L.GGML_TYPE_I32, num_tokens),
+                rows_B=self._input(L.GGML_TYPE_I64, num_tokens),
+                mask_CB=self._input(L.GGML_TYPE_F16, num_cells, num_tokens),
+            )
+        self._output = self._draw(stage)
+        if self._output is not None:
+            L.ggml_set_output(self._output)
+            L.ggml_build_forward_expand(self.graph, self._output)
+
+    def _input(self, ggml_type: int, *shape: int) -> ggml.Tensor:
+        sizes = (ctypes.c_int64 * len(shape))(*shape)
+        tensor = L.ggml_new_tensor(self._context, ggml_type, len(shape), sizes)
+        # Inputs keep their place for as long as the graph runs, but activations of other graphs may overlap them.
+        L.ggml_set_input(tensor)
+        return tensor
+
+    def _draw(self, stage: Stage) -> ggml.Tensor | None:
+        shape, model = stage.model.shape, stage.model
+        x = self._x
+        for index, layer in enumerate(stage._layer_tensors):
+            is_last = stage.layers.first + index + 1 == shape.num_layers
+            num_outputs = self._num_outputs if is_last and stage.is_head else self._num_tokens
+            assert self._batch is not None
+            x = model.architecture.layer(shape, self._batch, layer, x, num_outputs)
+        if not stage.is_head or x is None:
+            return x
+        if self._batch is None:
+            stride = x.contents.nb[1]
+            first = self._num_tokens - self._num_outputs
+            x = L.ggml_view_2d(self._context, x, shape.hidden_size, self._num_outputs, stride, first * stride)
+        norm = stage.weights.tensors["output_norm.weight"]
+        normalised = L.ggml_mul(self._context, L.ggml_rms_norm(self._context, x, shape.norm_epsilon), norm)
+        return L.ggml_mul_mat(self._context, stage.weights.tensors[model.output_name], normalised)
+
+    def bind(self, *, is_host: bool) -> None:
+        """Opens the inputs and the output, once the allocator has given them addresses.
+
+        An input that the graph does not use has none: the mask where no output is wanted, for example.
+        """
+
+        def port(tensor: ggml.Tensor, shape: tuple[int, ...], dtype: type[np.generic]) -> TensorPort | None:
+            return TensorPort(tensor, shape, dtype, is_host=is_host) if tensor.contents.data else None
+
+        tokens = (self._num_tokens,)
+        self._x_port = port(self._x, (*tokens, int(self._x.contents.ne[0])), np.float32)
+        if self._batch is not None:
+            self._positions_port = port(self._batch.positions_B, tokens, np.int32)
+            self._rows_port = port(self._batch.rows_B, tokens, np.int64)
+            self._mask_port = port(self._batch.mask_CB, (*tokens, self._num_cells), np.float16)
+        if self._output is not None:
+            shape = (self._num_outputs, int(self._output.contents.ne[0]))
+            self._output_port = TensorPort(self._output, shape, np.float32, is_host=is_host)
+
+    def run(self, backend: Backend, x_BD: FloatArray, position: int) -> FloatArray:
+        if self._x_port is not None:
+            self._x_port.write(x_BD)
+        if self._batch is not None:
+            positions = np.arange(position, position + self._num_tokens)
+            for port in (self._positions_port, self._rows_port):
+                if port is not None:
+                    port.write(positions)
+            if self._mask_port is not None:
+                self._mask_port.write(_causal_mask(positions, self._num_cells))
+        backend.compute(self.graph)
+        if self._output is None:
+            return np.empty((0, 0), dtype=np.float32)
+        return self._output_port.read()
+
+    def close(self) -> None:
+        if self._context:
+            L.ggml_free(self._context)
+            self._context = None
+
+
+def _cells(num_tokens: int) -> int:
+    return -(-num_tokens // CELLS_STEP) * CELLS_STEP
+
+
+def _causal_mask(
+    positions: np.ndarray[Any, np.dtype[np.int64]], num_cells: int
+) -> np.ndarray[Any, np.dtype[np.float16]]:
+    """[tokens, cells]: 0 where a token may look, minus infinity elsewhere."""
+    return np.where(np.arange(num_cells) <= positions[:, None], np.float16(0.0), np.float16(-np.inf))

@@ -1,0 +1,382 @@
+"""The agent: one per device, the door through which clients and other agents come in, and the parent of its workers.
+
+It never holds tensors. A worker that crashes is an event here, never the agent's end; when the agent ends, however it
+ends, its workers' inputs close and they end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import secrets
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from shoal import __version__
+from shoal.errors import (
+    DeviceRefused,
+    LinkClosed,
+    LinkError,
+    ModelNotFound,
+    RemoteProtocolError,
+    ShoalError,
+    WorkerLost,
+)
+from shoal.ids import DeviceId, EngineId, ModelHash
+from shoal.runtime.channel import Channel, check_hello, connect, hello
+from shoal.runtime.deployment import LOAD_TIMEOUT_S, Engine, LeasedMember, OwnMember, deploy
+from shoal.runtime.errors_by_name import failure
+from shoal.runtime.messages import (
+    MESSAGE_BYTES_MAX,
+    AskStatus,
+    AskSurvey,
+    DeviceStatus,
+    EngineLost,
+    EngineOptions,
+    Generate,
+    Hello,
+    Message,
+    Progress,
+    StartWorker,
+    Status,
+    Survey,
+)
+from shoal.runtime.model_store import ModelStore
+from shoal.runtime.profile import num_physical_cores, usable_memory_bytes
+from shoal.runtime.worker_process import WorkerProcess
+from shoal.transport.link import listen
+
+GREETING_TIMEOUT_S = 5.0
+SURVEY_TIMEOUT_S = 5.0
+CONNECTIONS_MAX = 256
+_ENGINES_MAX = 8
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """What the owner of this device decides.
+
+    `peers` are (host, port) of the other agents; `memory_limit_bytes` None takes a share of what is free.
+    """
+
+    host: str
+    port: int
+    name: str
+    peers: Sequence[tuple[str, int]] = ()
+    model_folders: Sequence[Path] = ()
+    memory_limit_bytes: int | None = None
+    num_threads: int | None = None
+    compute_device: str | None = None
+
+
+@dataclass
+class _Counters:
+    refused_frames: int = 0
+    connections: int = 0
+    leases: dict[EngineId, str] = field(default_factory=dict)
+
+
+class Agent:
+    """Serves until cancelled. `port` is where, once `start` has returned."""
+
+    def __init__(self, options: AgentOptions) -> None:
+        self._options = options
+        self._device = DeviceId(options.name)
+        self._store = ModelStore(list(options.model_folders))
+        self._engines: dict[tuple[ModelHash, bytes], Engine] = {}
+        self._deploying = asyncio.Lock()
+        self._counters = _Counters()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.port = options.port
+
+    async def start(self) -> None:
+        """Opens the door. Raises AddressInUse or DeviceUnreachable."""
+        sock = listen(self._options.host, self._options.port)
+        self.port = sock.getsockname()[1]
+        self._server = await asyncio.start_server(self._welcome, sock=sock, limit=MESSAGE_BYTES_MAX)
+
+    async def stop(self) -> None:
+        """Closes the door and ends every engine and worker."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+        self._engines.clear()
+
+    # ---- conversations
+
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        address = writer.get_extra_info("peername")
+        channel = Channel(reader, writer, peer=f"{address[0]}:{address[1]}" if address else "a client")
+        try:
+            if len(self._tasks) > CONNECTIONS_MAX:
+                raise DeviceRefused(f"{CONNECTIONS_MAX} connections are open: close some, then try again")
+            await channel.send(hello())
+            check_hello(await channel.expect(Hello, timeout_s=GREETING_TIMEOUT_S), peer=channel.peer)
+            await self._converse(channel)
+        except RemoteProtocolError as error:
+            self._counters.refused_frames += 1
+            await _try_send(channel, failure(error))
+        except (LinkError, asyncio.CancelledError):
+            pass
+        except ShoalError as error:
+            await _try_send(channel, failure(error))
+        finally:
+            self._tasks.discard(task)
+            await channel.close()
+
+    async def _converse(self, channel: Channel) -> None:
+        while True:
+            try:
+                request = await channel.receive()
+            except LinkClosed:
+                return
+            if isinstance(request, AskSurvey):
+                await channel.send(await self._survey(request.model_hash))
+            elif isinstance(request, AskStatus):
+                await channel.send(await self._status())
+            elif isinstance(request, Generate):
+                await self._while_connected(channel, self._generate(channel, request))
+            elif isinstance(request, StartWorker):
+                await self._lease(channel, request)
+                return
+            else:
+                raise RemoteProtocolError(f"{channel.peer} sent {type(request).__name__}, which is no request")
+
+    async def _while_connected(self, channel: Channel, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work`; cancels it when the other side hangs up or speaks out of turn."""
+        working = asyncio.create_task(work)
+        listening = asyncio.create_task(channel.receive())
+        try:
+            await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                working.cancel()
+                listening.result()  # raises LinkClosed, the usual end
+                raise RemoteProtocolError(f"{channel.peer} spoke while it was being answered")
+            working.result()
+        finally:
+            for task in (working, listening):
+                task.cancel()
+            await asyncio.gather(working, listening, return_exceptions=True)
+
+    # ---- what this device is
+
+    async def _survey(self, model_hash: ModelHash | None) -> Survey:
+        found = model_hash is not None and await asyncio.to_thread(self._store.find, model_hash) is not None
+        return Survey(
+            device=self._device,
+            version=__version__,
+            system=f"{platform.system()} {platform.machine()}",
+            num_cores=num_physical_cores(),
+            memory_total_bytes=psutil.virtual_memory().total,
+            memory_usable_bytes=usable_memory_bytes(self._options.memory_limit_bytes),
+            has_model=found,
+            model_folders=[str(folder) for folder in self._store.folders],
+            engines=[
+                *(f"{engine.description.model} (head)" for engine in self._engines.values() if not engine.is_lost),
+                *self._counters.leases.values(),
+            ],
+            num_refused_frames=self._counters.refused_frames,
+        )
+
+    async def _status(self) -> Status:
+        own = DeviceStatus(f"{self._options.host}:{self.port}", 0.0, await self._survey(None))
+        others = await asyncio.gather(*(self._ask_peer(host, port) for host, port in self._options.peers))
+        return Status([own, *others])
+
+    async def _ask_peer(self, host: str, port: int) -> DeviceStatus:
+        address = f"{host}:{port}"
+        try:
+            channel = await connect(host, port)
+        except ShoalError as error:
+            return DeviceStatus(address, None, None, str(error))
+        try:
+            started_s = time.perf_counter()
+            await channel.send(AskSurvey())
+            survey = await channel.expect(Survey, timeout_s=SURVEY_TIMEOUT_S)
+            return DeviceStatus(address, time.perf_counter() - started_s, survey)
+        except ShoalError as error:
+            return DeviceStatus(address, None, None, str(error))
+        finally:
+            await channel.close()
+
+    # ---- as the head
+
+    async def _generate(self, channel: Channel, request: Generate) -> None:
+        try:
+            engine = await self._engine_for(request, channel)
+            await channel.send(engine.description)
+            async with contextlib.aclosing(engine.answer(request)) as messages:
+                async for message in messages:
+                    await channel.send(message)
+        except LinkError:
+            raise
+        except WorkerLost as error:
+            await self._sweep()
+            await _try_send(channel, failure(WorkerLost(f"the answer was cut off: {error}; ask again")))
+        except (ShoalError, ValueError) as error:
+            await _try_send(channel, failure(error))
+
+    async def _engine_for(self, request: Generate, channel: Channel) -> Engine:
+        async def report(progress: Progress) -> None:
+            await channel.send(progress)
+
+        path = self._store.resolve(request.model)
+        await report(Progress(f"reading {path.name}"))
+        model_hash = await asyncio.to_thread(self._store.hash_file, path)
+        key = (model_hash, msgspec.json.encode(request.options))
+        async with self._deploying:
+            await self._sweep()
+            if key not in self._engines:
+                while len(self._engines) >= _ENGINES_MAX:
+                    await self._engines.pop(next(iter(self._engines))).close()
+                self._engines[key] = await self._deploy(path, model_hash, request.options, report)
+            return self._engines[key]
+
+    async def _sweep(self) -> None:
+        """Ends what is left of engines that lost a device."""
+        for key, engine in list(self._engines.items()):
+            if engine.is_lost:
+                del self._engines[key]
+                await engine.close()
+
+    async def _deploy(self, path: Path, model_hash: ModelHash, options: EngineOptions, report: Any) -> Engine:
+        options = msgspec.structs.replace(
+            options,
+            num_threads=options.num_threads or self._options.num_threads,
+            compute_device=options.compute_device or self._options.compute_device,
+        )
+        memory_bytes = {self._device: usable_memory_bytes(self._options.memory_limit_bytes)}
+        others: list[LeasedMember] = []
+        worker: WorkerProcess | None = None
+        try:
+            for host, port in self._options.peers:
+                await report(Progress(f"calling {host}:{port}"))
+                member, usable_bytes = await _lease_from(host, port, model_hash, path)
+                others.append(member)
+                if member.device in memory_bytes:
+                    raise DeviceRefused(f"two devices call themselves {member.device}: start one with another --name")
+                memory_bytes[member.device] = usable_bytes
+            worker = await WorkerProcess.start()
+        except BaseException:
+            await asyncio.gather(*(member.release() for member in others))
+            raise
+        own = _OwnMember(self._device, self._options.host, worker, path)
+        return await deploy(
+            [own, *others],
+            own,
+            engine=EngineId(secrets.randbits(63) | 1),
+            model_hash=model_hash,
+            options=options,
+            memory_bytes=memory_bytes,
+            report=report,
+        )
+
+    # ---- as another's member
+
+    async def _lease(self, channel: Channel, start: StartWorker) -> None:
+        """Runs a worker for another device's head, for as long as this connection lasts."""
+        path = await asyncio.to_thread(self._store.find, start.model_hash)
+        if path is None:
+            raise ModelNotFound(f"no model file with SHA-256 {start.model_hash} in {self._store.describe_folders()}")
+        worker = await WorkerProcess.start()
+        self._counters.leases[start.engine] = f"{path.name} (for {channel.peer})"
+        try:
+            own_start = msgspec.structs.replace(
+                start,
+                model_path=str(path),
+                num_threads=self._options.num_threads or start.num_threads,
+                compute_device=self._options.compute_device,
+                ring_host=self._options.host,
+            )
+            await worker.send(own_start)
+            await _relay(channel, worker)
+        finally:
+            del self._counters.leases[start.engine]
+            await worker.stop()
+
+
+class _OwnMember(OwnMember):
+    """This device's worker, which is told the path of the model that others know by its hash."""
+
+    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, path: Path) -> None:
+        super().__init__(device, host, worker)
+        self._path = path
+
+    async def ask(self, message: Message, kind: type[Any], *, timeout_s: float) -> Any:
+        if isinstance(message, StartWorker):
+            message = msgspec.structs.replace(message, model_path=str(self._path), ring_host=self.host)
+        return await super().ask(message, kind, timeout_s=timeout_s)
+
+
+async def _lease_from(host: str, port: int, model_hash: ModelHash, path: Path) -> tuple[LeasedMember, int]:
+    """Connects to a peer and makes sure that it has the model.
+
+    Raises:
+        DeviceUnreachable: no answer.
+        ModelNotFound: with the command that copies the file there.
+    """
+    channel = await connect(host, port)
+    try:
+        await channel.send(AskSurvey(model_hash))
+        # A peer that has not seen its files before hashes them now.
+        survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
+        if not survey.has_model:
+            raise ModelNotFound(
+                f"device {survey.device} ({host}:{port}) lacks {path.name} (SHA-256 {model_hash[:12]}...): copy it, "
+                f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
+            )
+    except BaseException:
+        await channel.close()
+        raise
+    return LeasedMember(survey.device, host, channel), survey.memory_usable_bytes
+
+
+async def _relay(channel: Channel, worker: WorkerProcess) -> None:
+    """Passes messages both ways until either end closes; a lost worker is told to the head."""
+
+    async def to_worker() -> None:
+        while True:
+            await worker.send(await channel.receive())
+
+    async def to_head() -> None:
+        while True:
+            await channel.send(await worker.receive())
+
+    tasks = [asyncio.create_task(to_worker()), asyncio.create_task(to_head())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    except LinkClosed:
+        pass
+    except WorkerLost as error:
+        await _try_send(channel, EngineLost(str(error)))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _try_send(channel: Channel, message: Message) -> None:
+    with contextlib.suppress(LinkClosed):
+        await channel.send(message)
+
+
+def default_name() -> str:
+    """This device's name among others: the host's, or what SHOAL_NAME says."""
+    return os.environ.get("SHOAL_NAME") or platform.node() or "device"

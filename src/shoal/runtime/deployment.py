@@ -1,0 +1,340 @@
+"""The head's side of an engine: find the devices, measure, place, load, connect; then pass requests to the head's worker.
+
+Each device that takes part is a `Member`: this one through its worker process, another through a lease, which is a
+connection to its agent that lasts as long as its worker. Whoever loses either end, loses the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+from shoal.errors import DeviceError, DeviceRefused, LinkClosed, WorkerLost
+from shoal.ids import DeviceId, EngineId, ModelHash
+from shoal.placement.contiguous import place_by_hand, place_layers
+from shoal.placement.device import Device, ModelSize, Placement
+from shoal.runtime.channel import Channel
+from shoal.runtime.messages import (
+    AnyMessage,
+    AssignLayers,
+    Cancel,
+    ConnectRing,
+    EngineDescription,
+    EngineLost,
+    EngineOptions,
+    Failed,
+    Finished,
+    Generate,
+    Message,
+    Progress,
+    RingConnected,
+    StageDescription,
+    StageReady,
+    StartWorker,
+    WorkerReport,
+)
+from shoal.runtime.worker_process import WorkerProcess
+from shoal.units import MIB
+
+MEASURE_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 900.0
+CONNECT_TIMEOUT_S = 70.0
+CONTEXT_DEFAULT = 4096
+_RUNTIME_BYTES = 160 * MIB
+"""Interpreter, libraries and ggml's working memory of one worker: 95-130 MB measured with SmolLM2."""
+
+Answer = TypeVar("Answer", bound=Message)
+Report = Callable[[Progress], Awaitable[None]]
+
+
+class Member(Protocol):
+    """A device's worker, near or far."""
+
+    device: DeviceId
+    host: str
+
+    async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
+        """Sends `message` and returns the answer. Raises what the member raised, or DeviceError when it is lost."""
+
+    async def wait_lost(self) -> str:
+        """Returns, once the worker has ended, why."""
+
+    async def release(self) -> None:
+        """Ends the worker. Never fails."""
+
+
+class LeasedMember:
+    """A worker on another device, held by a connection to its agent."""
+
+    def __init__(self, device: DeviceId, host: str, channel: Channel) -> None:
+        self.device = device
+        self.host = host
+        self._channel = channel
+
+    async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
+        try:
+            await self._channel.send(message)
+            return await self._channel.expect(kind, timeout_s=timeout_s)
+        except LinkClosed as error:
+            raise WorkerLost(f"device {self.device} is gone ({error})") from error
+        except DeviceError as error:
+            raise type(error)(f"device {self.device}: {error}") from error
+
+    async def wait_lost(self) -> str:
+        try:
+            message = await self._channel.receive()
+        except LinkClosed as error:
+            return f"device {self.device} is gone ({error})"
+        text = message.text if isinstance(message, (EngineLost, Failed)) else f"sent {type(message).__name__}"
+        return f"device {self.device}: {text}"
+
+    async def release(self) -> None:
+        await self._channel.close()
+
+
+class OwnMember:
+    """This device's worker. Its messages after the ring stands belong to `Engine`, so it does not wait for its end."""
+
+    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess) -> None:
+        self.device = device
+        self.host = host
+        self.worker = worker
+
+    async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
+        await self.worker.send(message)
+        return await self.worker.expect(kind, timeout_s=timeout_s)
+
+    async def wait_lost(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def release(self) -> None:
+        await self.worker.stop()
+
+
+class Engine:
+    """A model that stands ready over some devices. One request at a time, first come, first served."""
+
+    def __init__(self, members: Sequence[Member], own: OwnMember, description: EngineDescription) -> None:
+        self._members = members
+        self._own = own
+        self.description = description
+        self._turn = asyncio.Lock()
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._watchers = [asyncio.create_task(self._watch(member)) for member in members]
+
+    @property
+    def is_lost(self) -> bool:
+        return self._lost.done() or self._own.worker.has_ended
+
+    async def answer(self, request: Generate) -> AsyncGenerator[Message, None]:
+        """`Progress`, `Delta` and at last `Finished` or `Failed`. Leaving the loop early cancels the request.
+
+        Raises:
+            WorkerLost: a device was lost before the end.
+        """
+        async with self._turn:
+            if self.is_lost:
+                raise WorkerLost(self._lost.result() if self._lost.done() else "the worker here has ended")
+            await self._own.worker.send(request)
+            ended = False
+            try:
+                while not ended:
+                    message = await self._next()
+                    ended = isinstance(message, (Finished, Failed))
+                    yield message
+            finally:
+                if not ended:
+                    await self._cancel()
+
+    async def _next(self) -> AnyMessage:
+        """The worker's next message; a device's loss comes first, because the worker may hang on its dead link."""
+        receiving = asyncio.ensure_future(self._own.worker.receive())
+        try:
+            await asyncio.wait((receiving, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done():
+                return receiving.result()
+            raise WorkerLost(self._lost.result())
+        except WorkerLost as error:
+            # Which of two ends broke first is chance; the other devices' word tells more than our broken link.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._lost), 0.2)
+            if not self._lost.done():
+                self._lost.set_result(str(error))
+            raise WorkerLost(self._lost.result()) from None
+        finally:
+            if not receiving.done():
+                receiving.cancel()
+                with contextlib.suppress(asyncio.CancelledError, DeviceError):
+                    await receiving
+
+    async def _cancel(self) -> None:
+        """Stops the worker's request and reads what it still says, so that the next one starts clean."""
+        with contextlib.suppress(DeviceError):
+            await self._own.worker.send(Cancel())
+            while not isinstance(await self._next(), (Finished, Failed)):
+                pass
+
+    async def _watch(self, member: Member) -> None:
+        reason = await member.wait_lost()
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+    async def close(self) -> None:
+        """Ends every worker of this engine, here and elsewhere."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        if not self._lost.done():
+            self._lost.set_result("the engine was stopped")
+        await asyncio.gather(*(member.release() for member in self._members))
+
+
+async def deploy(
+    members: Sequence[Member],
+    own: OwnMember,
+    *,
+    engine: EngineId,
+    model_hash: ModelHash,
+    options: EngineOptions,
+    memory_bytes: dict[DeviceId, int],
+    report: Report,
+) -> Engine:
+    """Makes an engine of these devices.
+
+    Args:
+        members: the head (`own`) first, then the others in the order in which the ring visits them. On failure they are
+            released here.
+
+    Raises:
+        ShoalError: what a device refused or lost, or InfeasiblePlacement.
+    """
+    try:
+        reports = await _measure(members, engine, model_hash, options, report)
+        context = min(options.context or CONTEXT_DEFAULT, reports[0].context_length)
+        placement = _place(members, reports, memory_bytes, options, context=context)
+        stages = await _load(members, placement, options, context=context, report=report)
+        used = [member for member in _in_ring_order(members, placement)]
+        for member in members:
+            if member not in used:
+                await member.release()
+        await _connect(used, stages)
+        description = _describe(placement, members, reports, stages, model_hash, context)
+        return Engine(used, own, description)
+    except BaseException:
+        await asyncio.gather(*(member.release() for member in members))
+        raise
+
+
+async def _measure(
+    members: Sequence[Member], engine: EngineId, model_hash: ModelHash, options: EngineOptions, report: Report
+) -> list[WorkerReport]:
+    """One device after the other: several of them may share one machine, where they would measure each other."""
+    reports = []
+    for index, member in enumerate(members):
+        await report(Progress(f"measuring {member.device}", index, len(members)))
+        start = StartWorker(
+            engine=engine,
+            model_hash=model_hash,
+            num_threads=options.num_threads,
+            compute_device=options.compute_device,
+            repack=options.repack,
+        )
+        reports.append(await member.ask(start, WorkerReport, timeout_s=MEASURE_TIMEOUT_S))
+    return reports
+
+
+def _place(
+    members: Sequence[Member],
+    reports: Sequence[WorkerReport],
+    memory_bytes: dict[DeviceId, int],
+    options: EngineOptions,
+    *,
+    context: int,
+) -> Placement:
+    head = reports[0]
+    model = ModelSize(
+        layer_bytes=tuple(head.layer_bytes),
+        output_bytes=head.output_bytes,
+        cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
+        # A stage's widest activations are a few times its hidden states; two frames wait on each link.
+        overhead_bytes=_RUNTIME_BYTES + 12 * options.micro_batch * head.hidden_size * 4,
+    )
+    devices = [
+        Device(id=member.device, layer_s=measured.layer_s, memory_bytes=memory_bytes[member.device])
+        for member, measured in zip(members, reports, strict=True)
+    ]
+    if options.layer_counts is not None:
+        return place_by_hand(devices, model, options.layer_counts)
+    return place_layers(devices, model)
+
+
+def _in_ring_order(members: Sequence[Member], placement: Placement) -> list[Member]:
+    by_device = {member.device: member for member in members}
+    return [by_device[stage.device] for stage in placement.stages]
+
+
+async def _load(
+    members: Sequence[Member], placement: Placement, options: EngineOptions, *, context: int, report: Report
+) -> list[StageReady]:
+    await report(Progress("loading layers"))
+
+    async def load(member: Member, index: int) -> StageReady:
+        stage = placement.stages[index]
+        assign = AssignLayers(
+            layers=stage.layers,
+            context=context,
+            micro_batch=options.micro_batch,
+            num_stages=len(placement.stages),
+            head=stage is placement.head,
+            spin_s=options.spin_s,
+        )
+        return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
+
+    ring = _in_ring_order(members, placement)
+    return list(await asyncio.gather(*(load(member, index) for index, member in enumerate(ring))))
+
+
+async def _connect(ring: Sequence[Member], stages: Sequence[StageReady]) -> None:
+    """Every stage dials the next; the last one, the head, dials the first. A head alone only gets ready."""
+    await asyncio.gather(
+        *(
+            member.ask(
+                ConnectRing(next_host=ring[(index + 1) % len(ring)].host, next_port=stages[(index + 1) % len(ring)].port),
+                RingConnected,
+                timeout_s=CONNECT_TIMEOUT_S,
+            )
+            for index, member in enumerate(ring)
+        )
+    )
+
+
+def _describe(
+    placement: Placement,
+    members: Sequence[Member],
+    reports: Sequence[WorkerReport],
+    stages: Sequence[StageReady],
+    model_hash: ModelHash,
+    context: int,
+) -> EngineDescription:
+    measured = {member.device: report for member, report in zip(members, reports, strict=True)}
+    if placement.head.device not in measured:
+        raise DeviceRefused("the head is no member of its own engine")
+    return EngineDescription(
+        model=reports[0].model_name,
+        model_hash=model_hash,
+        stages=[
+            StageDescription(
+                device=stage.device,
+                first=stage.layers.first,
+                stop=stage.layers.stop,
+                num_threads=measured[stage.device].num_threads,
+                memory_bytes=ready.mapped_bytes + ready.copied_bytes + ready.cache_bytes + ready.activation_bytes,
+                head=stage is placement.head,
+            )
+            for stage, ready in zip(placement.stages, stages, strict=True)
+        ],
+        context=context,
+        left_out=[(device, reason) for device, reason in placement.left_out],
+    )

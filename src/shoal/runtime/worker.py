@@ -1,0 +1,230 @@
+"""A worker: the child process that holds one engine's weights on this device.
+
+    STARTED -- StartWorker --> MEASURED -- AssignLayers --> LOADED -- ConnectRing --> SERVING
+
+Its agent speaks to it over standard input and output. End of file there means that the agent is gone, and ends the
+process at once, wherever it is; so does a lost neighbour in the ring, after saying so.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from pathlib import Path
+from typing import BinaryIO, NoReturn, TypeVar
+
+from shoal import __version__
+from shoal.compute.backend import Backend
+from shoal.compute.model import Model, describe
+from shoal.compute.stage import Stage
+from shoal.errors import LinkError, RemoteProtocolError, ShoalError
+from shoal.ids import EngineId
+from shoal.runtime.answer import Conversation
+from shoal.runtime.errors_by_name import failure
+from shoal.runtime.messages import (
+    AnyMessage,
+    AssignLayers,
+    Cancel,
+    ConnectRing,
+    EngineLost,
+    Generate,
+    Message,
+    RingConnected,
+    StageReady,
+    StartWorker,
+    WorkerReport,
+    decode,
+    encode,
+)
+from shoal.runtime.profile import ComputeProfile
+from shoal.runtime.ring import RingHead, RingStage, ThreadCounts
+from shoal.transport.link import Inbound, Outbound, RingListener, dial
+
+_RING_TIMEOUT_S = 60.0
+"""For the previous stage to dial in: it may still be loading its layers."""
+
+
+_Expected = TypeVar("_Expected", bound=Message)
+
+
+class AgentPipe:
+    """The worker's side of the conversation with its agent."""
+
+    def __init__(self, reader: BinaryIO, writer: BinaryIO) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._inbox: queue.SimpleQueue[AnyMessage] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._write_lock = threading.Lock()
+        threading.Thread(target=self._read, name="agent-pipe", daemon=True).start()
+
+    def receive(self) -> AnyMessage:
+        return self._inbox.get()
+
+    def send(self, message: Message) -> None:
+        try:
+            with self._write_lock:
+                self._writer.write(encode(message))
+                self._writer.flush()
+        except OSError:
+            _end(1)
+
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def _read(self) -> None:
+        try:
+            while len(size := self._reader.read(4)) == 4:
+                message = decode(self._reader.read(int.from_bytes(size, "big")))
+                if isinstance(message, Cancel):
+                    self._cancelled.set()
+                else:
+                    if isinstance(message, Generate):
+                        self._cancelled.clear()
+                    self._inbox.put(message)
+        finally:
+            _end(0)
+
+
+class Worker:
+    """One engine's worker, from its start to its end."""
+
+    def __init__(self, pipe: AgentPipe) -> None:
+        self._pipe = pipe
+
+    def run(self) -> None:
+        start = self._expect(StartWorker)
+        self._engine: EngineId = start.engine
+        self._model = Model(Path(start.model_path))
+        self._backend = Backend(start.compute_device or "CPU")
+        self._measure(start)
+        assigned = self._expect(AssignLayers)
+        self._load(assigned, start)
+        inbound, outbound = self._connect(self._expect(ConnectRing), assigned)
+        if assigned.head:
+            self._serve(assigned, inbound, outbound)
+        else:
+            assert inbound is not None
+            assert outbound is not None
+            ring_stage = RingStage(self._stage, inbound, outbound, self._threads, spin_s=assigned.spin_s)
+            self._pipe.send(RingConnected())
+            ring_stage.run()
+
+    def _measure(self, start: StartWorker) -> None:
+        profile = ComputeProfile(self._model, self._backend, num_threads=start.num_threads, repack=start.repack)
+        self._threads = ThreadCounts(profile.num_threads, profile.num_threads_prefill)
+        shape = self._model.shape
+        self._pipe.send(
+            WorkerReport(
+                layer_s=profile.layer_s,
+                num_threads=profile.num_threads,
+                num_threads_prefill=profile.num_threads_prefill,
+                memory_usable_bytes=0,
+                layer_bytes=self._model.layer_bytes,
+                output_bytes=self._model.output_bytes,
+                cache_bytes_per_token_and_layer=shape.kv_bytes_per_token_and_layer,
+                hidden_size=shape.hidden_size,
+                context_length=shape.context_length,
+                model_name=shape.name,
+                description=describe(shape),
+                compute_device=self._backend.device_name,
+            )
+        )
+
+    def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
+        self._stage = stage = Stage(
+            self._model,
+            assigned.layers,
+            self._backend,
+            context=assigned.context,
+            micro_batch=assigned.micro_batch,
+            head=assigned.head,
+            repack=start.repack,
+        )
+        self._listener = None
+        if assigned.num_stages > 1:
+            self._listener = RingListener(start.ring_host, engine=self._engine, version=__version__)
+        self._pipe.send(
+            StageReady(
+                port=self._listener.port if self._listener else 0,
+                mapped_bytes=stage.weights.mapped_bytes,
+                copied_bytes=stage.weights.copied_bytes,
+                cache_bytes=stage.cache_bytes,
+                activation_bytes=stage.activation_bytes,
+            )
+        )
+
+    def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
+        if self._listener is None:
+            return None, None
+        sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
+        inbound = self._listener.accept(timeout_s=_RING_TIMEOUT_S)
+        self._listener.close()
+        outbound = Outbound(
+            sock,
+            micro_batch=self._stage.micro_batch,
+            hidden_size=self._model.shape.hidden_size,
+            frames_max=assigned.num_stages + 1,
+        )
+        return inbound, outbound
+
+    def _serve(self, assigned: AssignLayers, inbound: Inbound | None, outbound: Outbound | None) -> None:
+        head = RingHead(
+            self._stage,
+            self._engine,
+            self._threads,
+            num_stages=assigned.num_stages,
+            inbound=inbound,
+            outbound=outbound,
+            spin_s=assigned.spin_s,
+        )
+        conversation = Conversation(
+            head,
+            self._model.file.metadata,
+            micro_batch=self._stage.micro_batch,
+            emit=self._pipe.send,
+            is_cancelled=self._pipe.is_cancelled,
+        )
+        self._pipe.send(RingConnected())
+        while True:
+            request = self._expect(Generate)
+            try:
+                self._pipe.send(conversation.answer(request))
+            except LinkError:
+                raise
+            except (ShoalError, ValueError) as error:
+                self._pipe.send(failure(error))
+
+    def _expect(self, kind: type[_Expected]) -> _Expected:
+        message = self._pipe.receive()
+        if not isinstance(message, kind):
+            raise RemoteProtocolError(f"the agent sent {type(message).__name__} where {kind.__name__} is due")
+        return message
+
+
+def main() -> None:
+    """Entry of `python -m shoal.runtime.worker`."""
+    reader = os.fdopen(os.dup(0), "rb")
+    writer = os.fdopen(os.dup(1), "wb")
+    # Whatever a library prints must not get between the messages.
+    os.dup2(2, 1)
+    pipe = AgentPipe(reader, writer)
+    try:
+        Worker(pipe).run()
+    except LinkError as error:
+        pipe.send(EngineLost(str(error)))
+    except (ShoalError, ValueError, MemoryError) as error:
+        pipe.send(failure(error))
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends the process now: threads that block in the kernel or in ggml are not waited for."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Frames of the ring: a fixed header, then raw bytes.
+
+    offset  size  field
+    0       4     magic, b"SHOA"
+    4       2     protocol version
+    6       1     kind
+    7       1     number of stage records
+    8       8     engine: which deployment this frame belongs to
+    16      4     position of the first token
+    20      4     number of tokens
+    24      4     number of rows of output that the head wants
+    28      4     payload bytes
+
+little endian. A payload is the hidden states, [tokens, hidden size] float32, followed by one record per stage that has
+worked on them: the nanoseconds it computed, and the nanoseconds it held the frame. A hello's payload is the text of
+the sender's shoal version.
+
+Every length is checked against a bound before memory is taken. Pure: bytes in, values out.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from shoal.errors import LocalProtocolError, RemoteProtocolError
+from shoal.ids import EngineId
+
+MAGIC = b"SHOA"
+PROTOCOL_VERSION = 1
+HEADER = struct.Struct("<4sHBBQIIII")
+STAGE_RECORD = struct.Struct("<QQ")
+HELLO_BYTES_MAX = 256
+
+
+class FrameKind(IntEnum):
+    """What a frame is for."""
+
+    HELLO = 1
+    WELCOME = 2
+    REFUSED = 3
+    FORWARD = 4
+
+
+class FrameHeader(NamedTuple):
+    """The header's fields; see the module's table."""
+
+    kind: FrameKind
+    num_records: int
+    engine: EngineId
+    position: int
+    num_tokens: int
+    num_outputs: int
+    payload_bytes: int
+
+
+class StageTiming(NamedTuple):
+    """What one stage spent on one frame, seconds: computing, and holding it in all."""
+
+    compute_s: float
+    held_s: float
+
+
+def pack_header(buffer: memoryview, header: FrameHeader) -> None:
+    """Writes the header at the start of `buffer`.
+
+    Raises:
+        LocalProtocolError: a field does not fit.
+    """
+    try:
+        HEADER.pack_into(
+            buffer, 0, MAGIC, PROTOCOL_VERSION, header.kind, header.num_records, header.engine,
+            header.position, header.num_tokens, header.num_outputs, header.payload_bytes,
+        )  # fmt: skip
+    except struct.error as error:
+        raise LocalProtocolError(f"a frame's header does not fit its fields: {error}") from error
+
+
+def unpack_header(buffer: memoryview | bytes | bytearray, *, payload_bytes_max: int) -> FrameHeader:
+    """Reads a header and checks it.
+
+    Raises:
+        RemoteProtocolError: wrong magic, version or kind, or a payload above `payload_bytes_max`.
+    """
+    magic, version, kind, num_records, engine, position, num_tokens, num_outputs, payload_bytes = HEADER.unpack_from(
+        buffer
+    )
+    if magic != MAGIC:
+        raise RemoteProtocolError(
+            f"a frame starts with {bytes(magic)!r} instead of {MAGIC!r}: the peer is no shoal worker"
+        )
+    if version != PROTOCOL_VERSION:
+        raise RemoteProtocolError(
+            f"the peer speaks ring protocol {version}, this device {PROTOCOL_VERSION}: install the same shoal on both"
+        )
+    if kind not in FrameKind._value2member_map_:
+        raise RemoteProtocolError(f"a frame is of unknown kind {kind}")
+    if payload_bytes > payload_bytes_max:
+        raise RemoteProtocolError(f"a frame announces {payload_bytes} bytes, at most {payload_bytes_max} are allowed")
+    return FrameHeader(FrameKind(kind), num_records, EngineId(engine), position, num_tokens, num_outputs, payload_bytes)
+
+
+def append_record(buffer: memoryview, offset: int, timing: StageTiming) -> int:
+    """Writes one stage record at `offset`; returns the offset behind it."""
+    STAGE_RECORD.pack_into(buffer, offset, round(timing.compute_s * 1e9), round(timing.held_s * 1e9))
+    return offset + STAGE_RECORD.size
+
+
+def read_records(buffer: memoryview, offset: int, num_records: int) -> list[StageTiming]:
+    """The stage records that start at `offset`, in ring order."""
+    records = []
+    for index in range(num_records):
+        compute_ns, held_ns = STAGE_RECORD.unpack_from(buffer, offset + index * STAGE_RECORD.size)
+        records.append(StageTiming(compute_ns * 1e-9, held_ns * 1e-9))
+    return records

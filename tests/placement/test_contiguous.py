@@ -1,0 +1,88 @@
+"""Layers in proportion to speed, never beyond memory, and a shortage that says what is missing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import InfeasiblePlacement
+from shoal.ids import DeviceId, LayerRange
+from shoal.placement.contiguous import place_by_hand, place_layers
+from shoal.placement.device import Device, ModelSize
+
+MB = 10**6
+MODEL = ModelSize(layer_bytes=(10 * MB,) * 30, output_bytes=20 * MB, cache_bytes_per_layer=MB, overhead_bytes=50 * MB)
+
+
+def device(name: str, *, layer_ms: float = 1.0, memory_mb: int = 10_000) -> Device:
+    return Device(id=DeviceId(name), layer_s=layer_ms * 1e-3, memory_bytes=memory_mb * MB)
+
+
+def test_equal_devices_share_equally_and_the_head_is_last() -> None:
+    placement = place_layers([device("head"), device("a"), device("b")], MODEL)
+    assert [(stage.device, stage.layers) for stage in placement.stages] == [
+        ("a", LayerRange(0, 10)),
+        ("b", LayerRange(10, 20)),
+        ("head", LayerRange(20, 30)),
+    ]
+    assert placement.head.needed_bytes == 10 * 11 * MB + 50 * MB + 20 * MB
+
+
+def test_a_device_twice_as_fast_holds_twice_as_much() -> None:
+    placement = place_layers([device("head", layer_ms=2), device("fast", layer_ms=1)], MODEL)
+    assert [len(stage.layers) for stage in placement.stages] == [20, 10]
+    assert placement.compute_s == pytest.approx(20e-3 + 20e-3)
+
+
+def test_what_does_not_fit_goes_to_the_others() -> None:
+    placement = place_layers([device("head"), device("small", memory_mb=50 + 44), device("large")], MODEL)
+    assert [len(stage.layers) for stage in placement.stages] == [4, 13, 13]
+
+
+def test_a_device_without_room_is_left_out_and_named() -> None:
+    placement = place_layers([device("head"), device("tiny", memory_mb=40)], MODEL)
+    assert [stage.device for stage in placement.stages] == ["head"]
+    assert placement.left_out[0][0] == "tiny"
+
+
+def test_the_head_stays_even_without_layers() -> None:
+    placement = place_layers([device("head", memory_mb=71), device("large")], MODEL)
+    assert [(stage.device, len(stage.layers)) for stage in placement.stages] == [("large", 30), ("head", 0)]
+
+
+def test_a_shortage_names_the_missing_bytes_and_what_helps() -> None:
+    with pytest.raises(InfeasiblePlacement, match=r"10 of 30 layers \(110\.0 MB\) fit nowhere.*smaller quantisation"):
+        place_layers([device("head", memory_mb=50 + 20 + 110), device("b", memory_mb=50 + 110)], MODEL)
+
+
+def test_counts_by_hand_must_add_up() -> None:
+    placement = place_by_hand([device("head"), device("a")], MODEL, [10, 20])
+    assert [len(stage.layers) for stage in placement.stages] == [20, 10]
+    with pytest.raises(ValueError, match="layer counts 10,10 do not fit 2 devices and 30 layers"):
+        place_by_hand([device("head"), device("a")], MODEL, [10, 10])
+
+
+@given(
+    speeds=st.lists(st.floats(0.1, 50.0), min_size=1, max_size=8),
+    memories=st.lists(st.integers(0, 600), min_size=8, max_size=8),
+)
+def test_every_layer_is_placed_once_and_nobody_is_overfilled(speeds: list[float], memories: list[int]) -> None:
+    devices = [
+        device(f"d{index}", layer_ms=speed, memory_mb=memory)
+        for index, (speed, memory) in enumerate(zip(speeds, memories, strict=False))
+    ]
+    try:
+        placement = place_layers(devices, MODEL)
+    except InfeasiblePlacement:
+        room = [max(0, (d.memory_bytes - 50 * MB - (20 * MB if d is devices[0] else 0)) // (11 * MB)) for d in devices]
+        assert sum(room) < 30
+        return
+    at = 0
+    for stage in placement.stages:
+        assert stage.layers.first == at
+        at = stage.layers.stop
+        memory = next(d.memory_bytes for d in devices if d.id == stage.device)
+        assert stage.needed_bytes <= memory or not len(stage.layers)
+    assert at == 30
+    assert placement.head.device == devices[0].id

@@ -1,0 +1,128 @@
+"""Links over real sockets on loopback: frames arrive, strangers are hung up on, the dead are noticed."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, RemoteProtocolError
+from shoal.ids import EngineId
+from shoal.transport.framing import HEADER, FrameHeader, FrameKind, StageTiming
+from shoal.transport.link import Frame, Inbound, Outbound, RingListener, dial, listen
+
+ENGINE = EngineId(42)
+HIDDEN = 16
+
+
+def connected(*, frames_max: int = 4) -> tuple[Inbound, Outbound]:
+    listener = RingListener("127.0.0.1", engine=ENGINE, version="1")
+    accepted: list[Inbound] = []
+    accepting = threading.Thread(target=lambda: accepted.append(listener.accept(timeout_s=5.0)))
+    accepting.start()
+    sock = dial("127.0.0.1", listener.port, engine=ENGINE, version="1")
+    accepting.join()
+    listener.close()
+    return accepted[0], Outbound(sock, micro_batch=512, hidden_size=HIDDEN, frames_max=frames_max)
+
+
+@pytest.fixture
+def link() -> Iterator[tuple[Inbound, Outbound]]:
+    inbound, outbound = connected()
+    yield inbound, outbound
+    inbound.close()
+    outbound.close()
+
+
+def header(num_tokens: int) -> FrameHeader:
+    return FrameHeader(FrameKind.FORWARD, 0, ENGINE, 3, num_tokens, 1, 0)
+
+
+def test_hidden_states_and_times_arrive_as_they_left(link: tuple[Inbound, Outbound]) -> None:
+    inbound, outbound = link
+    frame = Frame(micro_batch=512, hidden_size=HIDDEN)
+    for num_tokens in (1, 2, 512):
+        x_BD = np.random.default_rng(num_tokens).standard_normal((num_tokens, HIDDEN), dtype=np.float32)
+        outbound.send(header(num_tokens), x_BD, [StageTiming(0.5, 0.75)])
+        inbound.receive(frame, spin_s=0.001)
+        assert np.array_equal(frame.hidden_states, x_BD)
+        assert frame.timings == [StageTiming(0.5, 0.75)]
+        assert frame.header.position == 3
+
+
+def test_large_frames_do_not_block_the_sender(link: tuple[Inbound, Outbound]) -> None:
+    inbound, outbound = link
+    x_BD = np.zeros((512, HIDDEN), dtype=np.float32)
+    frame = Frame(micro_batch=512, hidden_size=HIDDEN)
+    for index in range(4):
+        x_BD[:] = index
+        outbound.send(header(512), x_BD, [])
+    for index in range(4):
+        inbound.receive(frame)
+        assert float(frame.hidden_states[0, 0]) == index
+
+
+def test_a_closed_link_is_told_at_once(link: tuple[Inbound, Outbound]) -> None:
+    inbound, outbound = link
+    outbound.close()
+    with pytest.raises(LinkClosed, match="previous device in the ring is gone"):
+        inbound.receive(Frame(micro_batch=1, hidden_size=HIDDEN))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * HEADER.size,
+        b"\x00" * HEADER.size,
+        HEADER.pack(b"SHOA", 1, 4, 0, 7, 0, 1, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 4, 0, ENGINE, 0, 2, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 4, 200, ENGINE, 0, 1, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 1, 0, ENGINE, 0, 0, 0, 0),
+    ],
+    ids=["http", "zeros", "other engine", "wrong size", "too many records", "late hello"],
+)
+def test_a_malformed_frame_closes_its_link(payload: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    inbound = Inbound(ours, ENGINE)
+    theirs.sendall(payload)
+    with pytest.raises(RemoteProtocolError):
+        inbound.receive(Frame(micro_batch=4, hidden_size=HIDDEN))
+    assert ours.fileno() == -1
+    theirs.close()
+
+
+def test_strangers_are_counted_and_hung_up_on() -> None:
+    listener = RingListener("127.0.0.1", engine=ENGINE, version="1")
+    accepted: list[Inbound] = []
+    accepting = threading.Thread(target=lambda: accepted.append(listener.accept(timeout_s=5.0)))
+    accepting.start()
+    with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
+        stranger.sendall(b"x" * HEADER.size)
+        assert stranger.recv(1) == b""
+    with pytest.raises(RemoteProtocolError, match="hung up on our greeting"):
+        dial("127.0.0.1", listener.port, engine=EngineId(7), version="1")
+    with pytest.raises(RemoteProtocolError, match="refused: it runs shoal 1, the caller 2"):
+        dial("127.0.0.1", listener.port, engine=ENGINE, version="2")
+    sock = dial("127.0.0.1", listener.port, engine=ENGINE, version="1")
+    accepting.join()
+    assert listener.num_refused == 3
+    sock.close()
+    accepted[0].close()
+    listener.close()
+
+
+def test_nobody_there_is_said_in_one_line() -> None:
+    free = listen("127.0.0.1", 0)
+    port = free.getsockname()[1]
+    with pytest.raises(AddressInUse, match=f"127.0.0.1:{port} is in use: stop the program there or choose another"):
+        listen("127.0.0.1", port)
+    free.close()
+    with pytest.raises(DeviceUnreachable, match=f"no worker answers at 127.0.0.1:{port}"):
+        dial("127.0.0.1", port, engine=ENGINE, version="1")
+    listener = RingListener("127.0.0.1", engine=ENGINE, version="1")
+    with pytest.raises(DeviceUnreachable, match="did not connect"):
+        listener.accept(timeout_s=0.05)
+    listener.close()
