@@ -69,7 +69,9 @@ class Reference:
         return x_TD @ self._tensor("token_embd.weight" if tied else "output.weight").T
 
     def _norm(self, x: Floats, name: str) -> Floats:
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.epsilon) * self._tensor(name)
+        scale = 1.0 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        normalised: Floats = x * scale * self._tensor(name)
+        return normalised
 
     def _project(self, x_TD: Floats, name: str) -> Floats:
         product = x_TD @ self._tensor(f"{name}.weight").T

@@ -37,7 +37,7 @@ class Llama:
         description: as llama.cpp puts it, e.g. "llama 1B Q4_K - Medium".
         vocab_size: number of tokens, the width of the logits.
         context: positions, `context` rounded up as llama.cpp does; 0 with `vocab_only`.
-        flash_attention: whether llama.cpp's automatic choice enabled it.
+        flash_attention: whether it is in use, by llama.cpp's choice or by ours.
         log: what it said while loading.
     """
 
@@ -49,6 +49,7 @@ class Llama:
         context: int = 2048,
         micro_batch: int = 512,
         cache_type: Literal["f16", "f32"] = "f16",
+        flash_attention: bool | None = None,
         vocab_only: bool = False,
         seed: int = 0,
     ) -> None:
@@ -59,7 +60,9 @@ class Llama:
             threads: for single tokens and for batches alike.
             context: positions, which is also the longest prompt of one call.
             micro_batch: tokens that are computed together.
-            cache_type: of keys and values; llama.cpp's default is f16.
+            cache_type: of keys and values; llama.cpp's default is f16, to which flash attention rounds f32 as well.
+            flash_attention: None lets llama.cpp choose; without it and with an f32 cache, nothing of an F32 model is
+                rounded below f32.
             vocab_only: load no tensors; only the questions about tokens are answered then.
             seed: of the random tokens that are timed.
         """
@@ -69,6 +72,7 @@ class Llama:
             "context": context,
             "micro_batch": micro_batch,
             "cache_type": CACHE_TYPES[cache_type],
+            "flash_attention": -1 if flash_attention is None else int(flash_attention),
             "vocab_only": vocab_only,
             "generation_seed": seed,
         }
@@ -96,9 +100,7 @@ class Llama:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -125,9 +127,7 @@ class Llama:
         """Token ids of one text; `add_special` adds BOS and EOS as the model's metadata asks."""
         return self.tokenize_many([text], add_special, parse_special)[0]
 
-    def tokenize_many(
-        self, texts: Sequence[str], add_special: bool = False, parse_special: bool = True
-    ) -> list[list[int]]:
+    def tokenize_many(self, texts: Sequence[str], add_special: bool = False, parse_special: bool = True) -> list[list[int]]:
         """Token ids of each text, in one exchange with the process."""
         ids: list[list[int]] = self._ask(
             "tokenize", texts=list(texts), add_special=add_special, parse_special=parse_special

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 PARAMS_BYTES = 1024  # the real structs have 80 to 200
 LOG_LINES_KEPT = 2000
+LOG_LEVEL_DEBUG = 1
 Logits = npt.NDArray[np.float32]
 
 
@@ -109,13 +110,18 @@ def check_defaults(what: str, met: Sequence[int], expected: Sequence[int]) -> No
         )
 
 
-def set_context_params(params: Params, *, context: int, micro_batch: int, cache_type: int) -> Params:
-    """n_ctx, n_batch, n_ubatch, n_seq_max lead the struct; the types of the K and V cache are words 26 and 27."""
+def set_context_params(params: Params, *, context: int, micro_batch: int, cache_type: int, flash_attention: int) -> Params:
+    """n_ctx, n_batch, n_ubatch, n_seq_max lead the struct.
+
+    Words 10 to 13 choose the rope scaling, pooling, attention and flash attention, words 26 and 27 the types of the K
+    and V cache.
+    """
     words = params.words
     check_defaults("context", words[:4], [512, 2048, 512, 1])
     check_defaults("context (rope, pooling, attention, flash attention)", words[10:14], [-1, -1, -1, -1])
     check_defaults("context (cache types)", words[26:28], [1, 1])
     words[0], words[1], words[2] = context, context, min(micro_batch, context)  # a prompt is one llama_decode
+    words[13] = flash_attention
     words[26] = words[27] = cache_type
     return params
 
@@ -140,12 +146,13 @@ class Server:
         context: int,
         micro_batch: int,
         cache_type: int,
+        flash_attention: int,
         vocab_only: bool,
         generation_seed: int,
     ) -> None:
         self.log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
         self.library = load_library()
-        self._log_callback = LogCallback(lambda _level, text, _data: self.log.append(text.decode(errors="replace")))
+        self._log_callback = LogCallback(self._keep_log)
         self.library.llama_log_set(self._log_callback, None)
         self.library.llama_backend_init()
         self.random = np.random.default_rng(generation_seed)
@@ -157,20 +164,25 @@ class Server:
         self.vocab_size: int = self.library.llama_vocab_n_tokens(self.vocab)
         self.context: int | None = None
         if not vocab_only:
-            self._open_context(threads, context=context, micro_batch=micro_batch, cache_type=cache_type)
+            params = set_context_params(
+                self.library.llama_context_default_params(),
+                context=context,
+                micro_batch=micro_batch,
+                cache_type=cache_type,
+                flash_attention=flash_attention,
+            )
+            self._open_context(params, threads)
 
-    def _open_context(self, threads: int, *, context: int, micro_batch: int, cache_type: int) -> None:
-        params = set_context_params(
-            self.library.llama_context_default_params(),
-            context=context,
-            micro_batch=micro_batch,
-            cache_type=cache_type,
-        )
+    def _open_context(self, params: Params, threads: int) -> None:
         self.context = self.library.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context: {self.log_tail()}")
         self.library.llama_set_n_threads(self.context, threads, threads)
         self.memory = self.library.llama_get_memory(self.context)
+
+    def _keep_log(self, level: int, text: bytes, _data: Any) -> None:
+        if level != LOG_LEVEL_DEBUG:
+            self.log.append(text.decode(errors="replace"))
 
     def log_tail(self) -> str:
         return " | ".join("".join(self.log).strip().splitlines()[-4:])
@@ -185,7 +197,7 @@ class Server:
             "context": self.library.llama_n_ctx(self.context) if self.context else 0,
             "micro_batch": self.library.llama_n_ubatch(self.context) if self.context else 0,
             "threads": self.library.llama_n_threads(self.context) if self.context else 0,
-            "flash_attention": "Flash Attention enabled" in log,
+            "flash_attention": "Flash Attention enabled" in log or "flash_attn            = enabled" in log,
             "log": log,
         }
 

@@ -22,9 +22,7 @@ from shoal.transport.framing import (
 UINT32 = st.integers(0, 2**32 - 1)
 
 
-@given(
-    st.sampled_from(FrameKind), st.integers(0, 255), st.integers(0, 2**64 - 1), st.tuples(UINT32, UINT32, UINT32, UINT32)
-)
+@given(st.sampled_from(FrameKind), st.integers(0, 255), st.integers(0, 2**64 - 1), st.tuples(UINT32, UINT32, UINT32, UINT32))
 def test_a_header_comes_out_as_it_went_in(
     kind: FrameKind, num_records: int, engine: int, numbers: tuple[int, int, int, int]
 ) -> None:

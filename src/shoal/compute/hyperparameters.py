@@ -92,9 +92,7 @@ class _Keys:
         if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
             values = {int(item) for item in value}
             if len(values) != 1:
-                raise UnsupportedModel(
-                    f"{self._architecture}.{key} differs between layers: such models are not run yet"
-                )
+                raise UnsupportedModel(f"{self._architecture}.{key} differs between layers: such models are not run yet")
             value = values.pop()
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= maximum:
             raise BadModelFile(
@@ -124,17 +122,13 @@ def parse_hyperparameters(metadata: Mapping[str, Any], *, embedding_rows: int) -
     """
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
-        raise BadModelFile(
-            "model file has no general.architecture: it is not a language model that llama.cpp converted"
-        )
+        raise BadModelFile("model file has no general.architecture: it is not a language model that llama.cpp converted")
     keys = _Keys(metadata, architecture)
     hidden_size = keys.integer("embedding_length", maximum=_WIDTH_MAX)
     num_heads = keys.integer("attention.head_count", maximum=_WIDTH_MAX)
     num_kv_heads = keys.integer("attention.head_count_kv", maximum=_WIDTH_MAX, default=num_heads)
     if num_heads % num_kv_heads:
-        raise BadModelFile(
-            f"model file has {num_heads} attention heads for {num_kv_heads} key heads: no whole multiple"
-        )
+        raise BadModelFile(f"model file has {num_heads} attention heads for {num_kv_heads} key heads: no whole multiple")
     head_size = keys.integer("attention.key_length", maximum=_WIDTH_MAX, default=max(1, hidden_size // num_heads))
     return Hyperparameters(
         architecture=architecture,
@@ -165,11 +159,7 @@ def _parse_rope(keys: _Keys, *, head_size: int) -> Rope:
     context_length = keys.integer("context_length", maximum=1 << 30)
     extrapolation = keys.number("rope.scaling.yarn_ext_factor", default=1.0 if kind == "yarn" else 0.0)
     attention_factor = keys.number("rope.scaling.attn_factor", default=1.0)
-    if (
-        extrapolation
-        and factor > 1.0
-        and (log_multiplier := keys.number("rope.scaling.yarn_log_multiplier", default=0.0))
-    ):
+    if extrapolation and factor > 1.0 and (log_multiplier := keys.number("rope.scaling.yarn_log_multiplier", default=0.0)):
         # ggml's kernel multiplies by 1 + 0.1 ln(factor) itself; with a log multiplier only the ratio of both is wanted.
         attention_factor /= 1.0 + 0.1 * log_multiplier * math.log(factor)
     return Rope(

@@ -102,9 +102,7 @@ class Stage:
         if not 0 < num_tokens <= self.micro_batch:
             raise ValueError(f"{num_tokens} tokens in a micro-batch: 1 to {self.micro_batch} are allowed")
         if position + num_tokens > self.context:
-            raise ContextExceeded(
-                f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context"
-            )
+            raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
         wanted = num_tokens if not self.is_head or num_outputs is None else num_outputs
         graph = self._graph(num_tokens, _cells(position + num_tokens), wanted)
         return graph.run(self.backend, x_BD, position)
@@ -134,9 +132,7 @@ class Stage:
     def _tensors_of(self, index: int, rope_name: str | None) -> LayerTensors:
         prefix = f"blk.{self.layers.first + index}."
         return LayerTensors(
-            weights={
-                name.removeprefix(prefix): t for name, t in self.weights.tensors.items() if name.startswith(prefix)
-            },
+            weights={name.removeprefix(prefix): t for name, t in self.weights.tensors.items() if name.startswith(prefix)},
             keys=self._cache.keys[index],
             values=self._cache.values[index],
             rope_factors=self.weights.tensors[rope_name] if rope_name else None,
@@ -311,8 +307,6 @@ def _cells(num_tokens: int) -> int:
     return -(-num_tokens // CELLS_STEP) * CELLS_STEP
 
 
-def _causal_mask(
-    positions: np.ndarray[Any, np.dtype[np.int64]], num_cells: int
-) -> np.ndarray[Any, np.dtype[np.float16]]:
+def _causal_mask(positions: np.ndarray[Any, np.dtype[np.int64]], num_cells: int) -> np.ndarray[Any, np.dtype[np.float16]]:
     """[tokens, cells]: 0 where a token may look, minus infinity elsewhere."""
     return np.where(np.arange(num_cells) <= positions[:, None], np.float16(0.0), np.float16(-np.inf))

@@ -244,8 +244,20 @@ class Agent:
             if key not in self._engines:
                 while len(self._engines) >= _ENGINES_MAX:
                     await self._engines.pop(next(iter(self._engines))).close()
-                self._engines[key] = await self._deploy(path, model_hash, request.options, report)
+                engine = await self._deploy(path, model_hash, request.options, report)
+                self._engines[key] = engine
+                self._keep(self._close_when_lost(engine))
             return self._engines[key]
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` beside everything else; it ends with the agent at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _close_when_lost(self, engine: Engine) -> None:
+        await engine.wait_idle_and_lost()
+        await self._sweep()
 
     async def _sweep(self) -> None:
         """Ends what is left of engines that lost a device."""

@@ -87,7 +87,7 @@ class Conversation:
                 reason = "cancelled"
             if reason is not None:
                 return answer.finish(reason, prefill_s=prefill_s, decode_s=time.perf_counter() - started_s, times=times)
-            logits_V, timings = head.decode(token_id, len(ids))
+            logits_V, timings = head.decode(token_id, len(ids), meanwhile=answer.show)
             ids.append(token_id)
             now_s = time.perf_counter()
             times.add(now_s - step_s, timings)
@@ -146,6 +146,7 @@ class _Answer:
         self._best_gaps: list[float] = []
         self._digest = hashlib.blake2b(digest_size=16) if request.digest else None
         self._stopped = False
+        self._unshown: Delta | None = None
 
     def choose(self, logits_V: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[int, Literal["stop", "length"] | None]:
         """The next token, and why the answer ends with it, if it does."""
@@ -161,7 +162,7 @@ class _Answer:
             return token_id, "stop"
         self._ids.append(token_id)
         text, self._stopped = self._stops.push(self._text.push(token_id))
-        self._emit(Delta(text=text, token_id=token_id))
+        self._unshown = Delta(text=text, token_id=token_id)
         if self._stopped:
             return token_id, "stop"
         limit = len(request.forced_ids) or request.max_tokens
@@ -173,9 +174,14 @@ class _Answer:
         self._best_gaps.append(float(logits_V[best] - logits_V[second]))
         return self._request.forced_ids[len(self._ids)]
 
-    def finish(
-        self, reason: Reason, *, prefill_s: float, decode_s: float, times: _StepTimes
-    ) -> Finished:
+    def show(self) -> None:
+        """Tells the client of the last token."""
+        if self._unshown is not None:
+            self._emit(self._unshown)
+            self._unshown = None
+
+    def finish(self, reason: Reason, *, prefill_s: float, decode_s: float, times: _StepTimes) -> Finished:
+        self.show()
         text = ""
         if not self._stopped:
             text, stopped = self._stops.push(self._text.flush())

@@ -9,12 +9,13 @@ from typing import TypeVar
 import msgspec
 
 from shoal import __version__
-from shoal.errors import DeviceRefused, DeviceUnreachable, LinkClosed, RemoteProtocolError, ShoalError
+from shoal.errors import DeviceRefused, DeviceUnreachable, LinkClosed, RemoteProtocolError, ShoalError, WorkerLost
 from shoal.runtime import errors_by_name
 from shoal.runtime.messages import (
     CONTROL_PROTOCOL,
     MESSAGE_BYTES_MAX,
     AnyMessage,
+    EngineLost,
     Failed,
     Hello,
     Message,
@@ -79,6 +80,8 @@ class Channel:
             raise DeviceUnreachable(f"{self.peer} did not answer within {timeout_s:.0f} s") from None
         if isinstance(message, Failed):
             raise errors_by_name.revive(message)
+        if isinstance(message, EngineLost):
+            raise WorkerLost(message.text)
         if not isinstance(message, kind):
             raise RemoteProtocolError(f"{self.peer} sent {type(message).__name__} where {kind.__name__} is due")
         return message

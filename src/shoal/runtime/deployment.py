@@ -177,6 +177,16 @@ class Engine:
             while not isinstance(await self._next(), (Finished, Failed)):
                 pass
 
+    async def wait_idle_and_lost(self) -> None:
+        """Returns once the engine is lost and nobody is being answered any more: then it can be closed."""
+        ending = asyncio.ensure_future(self._own.worker.wait_ended())
+        try:
+            await asyncio.wait((ending, self._lost), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+        async with self._turn:
+            return
+
     async def _watch(self, member: Member) -> None:
         reason = await member.wait_lost()
         if not self._lost.done():

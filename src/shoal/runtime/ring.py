@@ -21,6 +21,10 @@ from shoal.transport.link import Frame, Inbound, Outbound
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
+def _nothing() -> None:
+    pass
+
+
 class ThreadCounts(NamedTuple):
     """Threads for one token at a time, and for many."""
 
@@ -87,8 +91,17 @@ class RingHead:
     def num_hops(self) -> int:
         return self.num_stages if self._outbound is not None else 0
 
-    def decode(self, token_id: int, position: int) -> tuple[FloatArray, list[StageTiming]]:
-        """One token: logits [vocabulary] (a view that the next call overwrites), and each stage's time, the head's last."""
+    def decode(
+        self, token_id: int, position: int, *, meanwhile: Callable[[], None] = _nothing
+    ) -> tuple[FloatArray, list[StageTiming]]:
+        """Computes one token.
+
+        Args:
+            meanwhile: called once, as soon as the token is on its way: work that need not delay it.
+
+        Returns:
+            Logits [vocabulary], a view that the next call overwrites, and each stage's time, the head's last.
+        """
         set_threads(self.stage, self._threads, 1)
         started_s = time.perf_counter()
         x_BD = self.stage.embed((token_id,))
@@ -96,8 +109,11 @@ class RingHead:
         timings: list[StageTiming] = []
         if self._outbound is not None and self._inbound is not None:
             self._send(x_BD, position, num_outputs=1)
+            meanwhile()
             self._inbound.receive(self._frame, spin_s=self._spin_s)
             timings, x_BD = self._frame.timings, self._frame.hidden_states
+        else:
+            meanwhile()
         started_s = time.perf_counter()
         logits_BV = self.stage.forward(x_BD, position, num_outputs=1)
         compute_s = time.perf_counter() - started_s + embed_s

@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 
@@ -159,8 +160,11 @@ class Worker:
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
             return None, None
-        sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
-        inbound = self._listener.accept(timeout_s=_RING_TIMEOUT_S)
+        # Everyone dials and is dialled at once: whoever did one after the other would wait for all the others.
+        with ThreadPoolExecutor(1) as pool:
+            accepting = pool.submit(self._listener.accept, timeout_s=_RING_TIMEOUT_S)
+            sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
+            inbound = accepting.result()
         self._listener.close()
         outbound = Outbound(
             sock,

@@ -49,6 +49,9 @@ class WorkerProcess:
     def has_ended(self) -> bool:
         return self._process.returncode is not None
 
+    async def wait_ended(self) -> None:
+        await self._process.wait()
+
     async def send(self, message: Message) -> None:
         """Raises WorkerLost when it has ended."""
         try:

@@ -75,7 +75,7 @@ class BytePairEncoder:
     def _encode_lines(self, text: str) -> list[int]:
         ids: list[int] = []
         for line in _LINE.findall(text):
-            if line[0] == "\n" and line in self._vocabulary.ids:
+            if self._split.has_newline_tokens and line[0] == "\n" and line in self._vocabulary.ids:
                 ids.append(self._vocabulary.ids[line])
             else:
                 ids += self._replace_stand_ins(self._engine.encode(line, add_special_tokens=False).ids)

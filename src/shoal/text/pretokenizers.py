@@ -32,7 +32,9 @@ class PreTokenizer(msgspec.Struct, frozen=True, kw_only=True):
     has_default_bos: bool = True
     """The bos id has a default when the file names none."""
     byte_level: bool = True
-    """Merges work on bytes written as characters; else on the text itself, with spaces written as U+2581."""
+    """Merges work on bytes written as characters; else on lines of the text itself, with spaces written as U+2581."""
+    has_newline_tokens: bool = False
+    """A run of newlines that is a token as a whole is that token."""
 
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -113,23 +115,15 @@ _BY_NAMES: dict[tuple[str, ...], PreTokenizer] = {
     ("minicpm5",): PreTokenizer(
         patterns=(r"\p{N}{1,3}", rf"{_CONTRACTION}|{_WORD}|\p{{N}}+|{_MARKS}|{_SPACES}"), ignore_merges=True
     ),
-    ("seed-coder",): PreTokenizer(
-        patterns=(rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)
-    ),
+    ("seed-coder",): PreTokenizer(patterns=(rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
     ("bailingmoe", "bailingmoe2", "llada-moe"): PreTokenizer(
-        patterns=(
-            rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+",
-        )
+        patterns=(rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_MARKS}|\s*[\r\n]|\s+(?!\S)|\s+",)
     ),
     ("exaone-moe",): PreTokenizer(
-        patterns=(
-            rf"{_CONTRACTION}|{_SPACED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-        )
+        patterns=(rf"{_CONTRACTION}|{_SPACED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",)
     ),
     ("deepseek-llm",): PreTokenizer(patterns=_DEEPSEEK_LLM),
-    ("deepseek-coder",): PreTokenizer(
-        patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")
-    ),
+    ("deepseek-coder",): PreTokenizer(patterns=(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")),
     ("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"): PreTokenizer(patterns=_DEEPSEEK3),
     ("youtu",): PreTokenizer(
         patterns=(_YOUTU_ASIAN, rf"{_MARKED_LETTERS}|\p{{N}}|{_MARKS_SLASH}|{_SPACES}"), ignore_merges=True
@@ -142,9 +136,7 @@ _BY_NAMES: dict[tuple[str, ...], PreTokenizer] = {
     ("tiny_aya", "cohere2moe"): PreTokenizer(
         patterns=(_DIGIT_GROUPS, rf"{_MARKED_LETTERS}|\p{{N}}{{1,3}}|{_MARKS_SLASH}|{_SPACES}")
     ),
-    ("afmoe",): PreTokenizer(
-        patterns=(_DIGIT_GROUPS, _AFMOE_ASIAN, rf"{_LETTERS_OR_MARKS}| ?{_SYMBOL}+[\r\n]*|{_SPACES}")
-    ),
+    ("afmoe",): PreTokenizer(patterns=(_DIGIT_GROUPS, _AFMOE_ASIAN, rf"{_LETTERS_OR_MARKS}| ?{_SYMBOL}+[\r\n]*|{_SPACES}")),
     ("spark2_5",): PreTokenizer(
         patterns=(
             *_DEEPSEEK3[:2],
@@ -168,7 +160,8 @@ _BY_NAMES: dict[tuple[str, ...], PreTokenizer] = {
         ),
         add_bos=True,
     ),
-    ("gemma4", "sarvam-moe"): PreTokenizer(patterns=(_LINES,), byte_level=False),
+    ("gemma4",): PreTokenizer(patterns=(_LINES,), byte_level=False, has_newline_tokens=True),
+    ("sarvam-moe",): PreTokenizer(patterns=(_LINES,), byte_level=False),
 }
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: split for names, split in _BY_NAMES.items() for name in names}

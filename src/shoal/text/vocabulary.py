@@ -130,9 +130,7 @@ class Vocabulary:
             self.kinds[found_id] = TokenKind.CONTROL
         return found_id
 
-    def _drop_end(
-        self, ends: set[int], text: str, *, if_ends: tuple[str | tuple[str, ...], ...], kind: TokenKind
-    ) -> None:
+    def _drop_end(self, ends: set[int], text: str, *, if_ends: tuple[str | tuple[str, ...], ...], kind: TokenKind) -> None:
         """`text` only ends a part of the answer in models that have all of `if_ends` (of a tuple: any)."""
         end_texts = {self.texts[token_id] for token_id in ends}
         names = [(name,) if isinstance(name, str) else name for name in if_ends]

@@ -83,13 +83,9 @@ def unpack_header(buffer: memoryview | bytes | bytearray, *, payload_bytes_max: 
     Raises:
         RemoteProtocolError: wrong magic, version or kind, or a payload above `payload_bytes_max`.
     """
-    magic, version, kind, num_records, engine, position, num_tokens, num_outputs, payload_bytes = HEADER.unpack_from(
-        buffer
-    )
+    magic, version, kind, num_records, engine, position, num_tokens, num_outputs, payload_bytes = HEADER.unpack_from(buffer)
     if magic != MAGIC:
-        raise RemoteProtocolError(
-            f"a frame starts with {bytes(magic)!r} instead of {MAGIC!r}: the peer is no shoal worker"
-        )
+        raise RemoteProtocolError(f"a frame starts with {bytes(magic)!r} instead of {MAGIC!r}: the peer is no shoal worker")
     if version != PROTOCOL_VERSION:
         raise RemoteProtocolError(
             f"the peer speaks ring protocol {version}, this device {PROTOCOL_VERSION}: install the same shoal on both"

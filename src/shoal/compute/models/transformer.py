@@ -122,9 +122,7 @@ def attend(
         mask = L.ggml_view_2d(
             batch.context, mask, batch.num_cells, num_outputs, mask.contents.nb[1], first * mask.contents.nb[1]
         )
-    attended = L.ggml_flash_attn_ext(
-        batch.context, query_HBN, keys_HCG, values_HCG, mask, shape.attention_scale, 0.0, 0.0
-    )
+    attended = L.ggml_flash_attn_ext(batch.context, query_HBN, keys_HCG, values_HCG, mask, shape.attention_scale, 0.0, 0.0)
     merged = L.ggml_reshape_2d(batch.context, attended, shape.value_head_size * shape.num_heads, num_outputs)
     return project(batch, layer, "attn_output", merged)
 
@@ -180,9 +178,7 @@ def _last(batch: MicroBatch, x_HNB: ggml.Tensor, num_outputs: int) -> ggml.Tenso
         return x_HNB
     size, strides = x_HNB.contents.ne, x_HNB.contents.nb
     first = batch.num_tokens - num_outputs
-    return L.ggml_view_3d(
-        batch.context, x_HNB, size[0], size[1], num_outputs, strides[1], strides[2], first * strides[2]
-    )
+    return L.ggml_view_3d(batch.context, x_HNB, size[0], size[1], num_outputs, strides[1], strides[2], first * strides[2])
 
 
 def _heads_of_cache(batch: MicroBatch, cache: ggml.Tensor, head_size: int, num_heads: int) -> ggml.Tensor:

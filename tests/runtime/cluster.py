@@ -1,0 +1,100 @@
+"""Real agents with real workers on loopback, for tests that kill them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from shoal.cli.client import OwnAgent, open_channel
+from shoal.cli.run import Answer, generate
+from shoal.runtime.messages import AskStatus, EngineOptions, Generate, Sampling, Status
+
+
+@dataclass
+class Cluster:
+    """Agents by index; the first is the head and knows the others."""
+
+    agents: list[OwnAgent]
+
+    @property
+    def head(self) -> OwnAgent:
+        return self.agents[0]
+
+    async def ask(self, request: Generate, *, on_text: Callable[[str], None] = lambda _: None) -> Answer:
+        channel = await open_channel(self.head.address)
+        try:
+            return await generate(channel, request, show=on_text, status=lambda _: None)
+        finally:
+            await channel.close()
+
+    async def status(self, index: int = 0) -> Status:
+        channel = await open_channel(self.agents[index].address)
+        try:
+            await channel.send(AskStatus())
+            return await channel.expect(Status, timeout_s=10.0)
+        finally:
+            await channel.close()
+
+    def workers(self, index: int) -> list[psutil.Process]:
+        """Worker processes of one agent."""
+        try:
+            return psutil.Process(self.agents[index].pid).children()
+        except psutil.NoSuchProcess:
+            return []
+
+
+@contextlib.asynccontextmanager
+async def cluster(
+    num_devices: int, folder: Path, *arguments: str, own: dict[int, list[str]] | None = None
+) -> AsyncGenerator[Cluster, None]:
+    """`arguments` go to every agent, `own[index]` to one."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    async with contextlib.AsyncExitStack() as stack:
+        agents: list[OwnAgent] = []
+        peers: list[str] = []
+        for index in reversed(range(num_devices)):
+            peer_arguments = [f"--peer={address}" for address in peers] if index == 0 else []
+            particular = (own or {}).get(index, [f"--models={folder}"])
+            agent = await OwnAgent.start([f"--name=device-{index}", *arguments, *peer_arguments, *particular])
+            stack.push_async_callback(agent.stop)
+            peers.insert(0, agent.address)
+            agents.insert(0, agent)
+        yield Cluster(agents)
+
+
+def request(path: Path, *, tokens: int = 16, **changes: object) -> Generate:
+    """A greedy continuation of a fixed text that never ends early."""
+    fields: dict[str, object] = {
+        "model": str(path),
+        "prompt": "The sea is the old friend of the sailor",
+        "max_tokens": tokens,
+        "ignore_end": True,
+        "sampling": Sampling(temperature=0.0),
+        "options": EngineOptions(num_threads=1),
+        **changes,
+    }
+    return Generate(**fields)  # type: ignore[arg-type]
+
+
+async def wait_until(condition: Callable[[], bool], *, within_s: float) -> float:
+    """Seconds until `condition` held; fails when it does not in time."""
+    started_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started_s < within_s, f"not within {within_s} s"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - started_s
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether a process is gone, or only waits to be reaped."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
