@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.models import smollm2
 from benchmarks.record import finish, is_quick
-
 from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.run import Answer, generate
 from shoal.runtime.messages import EngineOptions, Generate, Sampling

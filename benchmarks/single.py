@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import psutil
+
 from benchmarks.models import random_model, smollm2
 from benchmarks.record import finish, is_quick
-from tests.oracle.llamacpp import Llama
-
 from shoal.compute.backend import Backend
 from shoal.compute.model import Model
 from shoal.compute.stage import Stage
 from shoal.ids import LayerRange
+from tests.oracle.llamacpp import Llama
 
 PROMPT_TOKENS = 512
 CONTEXT = 1024

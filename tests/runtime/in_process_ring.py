@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal.compute.backend import Backend
@@ -64,10 +64,8 @@ def ring(
 
 
 def _serve(stage: RingStage) -> None:
-    try:
+    with suppress(LinkError):  # how every ring ends
         stage.run()
-    except LinkError:
-        pass  # how every ring ends
 
 
 def _connect(stages: list[Stage]) -> list[tuple[Inbound | None, Outbound | None]]:

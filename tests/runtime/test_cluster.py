@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.runtime.cluster import Cluster, cluster, ended, request, wait_until
 
 from shoal.cli.client import open_channel
 from shoal.errors import (
@@ -25,6 +24,7 @@ from shoal.errors import (
 )
 from shoal.runtime.channel import Channel, connect, split_address
 from shoal.runtime.messages import Delta, EngineOptions, Failed, Hello, encode
+from tests.runtime.cluster import Cluster, cluster, ended, request, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 TinyModel = Callable[[str, str], Path]

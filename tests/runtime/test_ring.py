@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.in_process_ring import ring
 
 from shoal.inference.batching import micro_batches
 from shoal.runtime.ring import RingHead
+from tests.runtime.in_process_ring import ring
 
 TinyModel = Callable[[str, str], Path]
 

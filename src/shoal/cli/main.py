@@ -93,8 +93,11 @@ def run(
 ) -> None:
     """Ask a model, or chat with it, on this device's cluster or alone."""
     from shoal.cli import run as verb
+    from shoal.cli.up import agent_options
     from shoal.runtime.messages import EngineOptions, Sampling
 
+    # Checked here as well, so that a mistake is one line and not a failed start of another process.
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, threads, device, None)
     verb.run(
         model,
         prompt,

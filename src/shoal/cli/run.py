@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -37,8 +38,8 @@ class Settings:
 
     agent: str | None = None
     own_agent: list[str] = field(default_factory=list)
-    options: EngineOptions = EngineOptions()
-    sampling: Sampling = Sampling()
+    options: EngineOptions = field(default_factory=EngineOptions)
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
     system: str | None = None
@@ -76,7 +77,9 @@ def run(model: str, prompt: str | None, settings: Settings) -> None:
 
 
 async def _run(model: str, prompt: str | None, settings: Settings) -> None:
-    # The agent resolves names against its own folders; a path is meant as seen from here.
+    if Path(model).is_file():
+        # The agent may have been started elsewhere: a path is meant as seen from here.
+        model = str(Path(model).absolute())
     async with agent_address(settings.agent, settings.own_agent) as address:
         channel = await open_channel(address)
         try:

@@ -149,7 +149,7 @@ class GGUFFile:
     def address(self, info: TensorInfo) -> int:
         """Where the tensor's bytes are in this process's memory; valid until `close`, never to be written."""
         part = self._parts[info.part]
-        assert part.open_map is not None
+        assert not part.open_map.closed
         return part.address + info.offset
 
     def release(self, info: TensorInfo) -> None:

@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import ctypes
 import math
-import os
-import struct
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-ALIGNMENT = 32
+from shoal.lab.gguf_writer import TensorData, write_gguf
+
 PIECE_ELEMENTS = 256
 """The longest piece of a row: the largest block of any type."""
 
@@ -210,16 +209,7 @@ def write_random_model(
         output_quantisation = quantisation if quantisation in ("F32", "F16", "BF16", "Q8_0") else "Q6_K"
     plans = plan_tensors(shape, quantisation=quantisation, output_quantisation=output_quantisation, mixed=mixed)
     metadata = describe(shape, quantisation=quantisation, mixed=mixed) | make_vocabulary(shape, tokenizer)
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as output:
-            _write(output, metadata, plans, shape=shape, seed=seed)
-            size_bytes = output.tell()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return size_bytes
+    return write_gguf(path, metadata, _tensors(plans, shape=shape, seed=seed))
 
 
 # The shape as keys and tensors
@@ -328,7 +318,7 @@ def _num_bytes(plan: TensorPlan) -> int:
 class Pool:
     """Quantised pieces of rows, [num_pieces, piece_bytes], for one type and one row length.
 
-    `num_elements` is the size of the largest tensor that will be drawn.
+    `num_elements` is how many will be drawn from it, by all tensors.
     """
 
     def __init__(self, type_name: str, row_length: int, *, num_elements: int, seed: int) -> None:
@@ -509,26 +499,18 @@ def _filler(count: int, *, space: str) -> list[str]:
 # The file
 
 
-def _write(output: BinaryIO, metadata: dict[str, Any], plans: list[TensorPlan], *, shape: ModelShape, seed: int) -> None:
-    output.write(b"GGUF" + struct.pack("<IQQ", 3, len(plans), len(metadata)))
-    for key, value in metadata.items():
-        output.write(_encode_text(key) + _encode_value(value))
-    offset = 0
-    for plan in plans:
-        dims = struct.pack(f"<I{len(plan.shape)}Q", len(plan.shape), *plan.shape)
-        place = struct.pack("<IQ", WEIGHT_TYPES[plan.type_name].ggml_type, offset)
-        output.write(_encode_text(plan.name) + dims + place)
-        offset += _aligned(_num_bytes(plan))
-    output.write(bytes(_aligned(output.tell()) - output.tell()))
+def _tensors(plans: list[TensorPlan], *, shape: ModelShape, seed: int) -> list[TensorData]:
     pools = _make_pools(plans, seed=seed)
+    tensors = []
     for index, plan in enumerate(plans):
         random = np.random.default_rng([seed, index])
         if plan.kind == "matrix":
-            for chunk in pools[plan.type_name, plan.shape[0]].draw(math.prod(plan.shape), random):
-                output.write(chunk.data)
+            chunks: Iterable[npt.NDArray[Any]] = pools[plan.type_name, plan.shape[0]].draw(math.prod(plan.shape), random)
         else:
-            output.write(_vector(plan, shape, random).tobytes())
-        output.write(bytes(_aligned(output.tell()) - output.tell()))
+            chunks = [_vector(plan, shape, random)]
+        ggml_type = WEIGHT_TYPES[plan.type_name].ggml_type
+        tensors.append(TensorData(plan.name, plan.shape, ggml_type, _num_bytes(plan), chunks))
+    return tensors
 
 
 def _make_pools(plans: list[TensorPlan], *, seed: int) -> dict[tuple[str, int], Pool]:
@@ -536,39 +518,11 @@ def _make_pools(plans: list[TensorPlan], *, seed: int) -> dict[tuple[str, int], 
     for plan in plans:
         if plan.kind == "matrix":
             key = (plan.type_name, plan.shape[0])
-            num_elements[key] = max(num_elements.get(key, 0), math.prod(plan.shape))
+            num_elements[key] = num_elements.get(key, 0) + math.prod(plan.shape)
     return {
         (type_name, row_length): Pool(type_name, row_length, num_elements=count, seed=seed)
         for (type_name, row_length), count in num_elements.items()
     }
-
-
-def _aligned(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
-
-
-def _encode_text(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _encode_value(value: Any) -> bytes:
-    """A value with its type: 4 uint32, 5 int32, 6 float32, 7 bool, 8 text, 9 array."""
-    match value:
-        case bool():
-            return struct.pack("<I?", 7, value)
-        case int():
-            return struct.pack("<II", 4, value)
-        case float():
-            return struct.pack("<If", 6, value)
-        case str():
-            return struct.pack("<I", 8) + _encode_text(value)
-        case np.ndarray():
-            element_type = {np.dtype(np.int32): 5, np.dtype(np.float32): 6}[value.dtype]
-            return struct.pack("<IIQ", 9, element_type, len(value)) + value.tobytes()
-        case list():
-            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_encode_text, value))
-    raise AssertionError(f"no key of ours has a {type(value)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -225,7 +225,7 @@ async def deploy(
         context = min(options.context or CONTEXT_DEFAULT, reports[0].context_length)
         placement = _place(members, reports, memory_bytes, options, context=context)
         stages = await _load(members, placement, options, context=context, report=report)
-        used = [member for member in _in_ring_order(members, placement)]
+        used = _in_ring_order(members, placement)
         for member in members:
             if member not in used:
                 await member.release()

@@ -1,0 +1,163 @@
+"""Random models: that independent readers and llama.cpp accept what we write."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+from gguf.quants import dequantize
+
+from shoal.lab.random_model import (
+    SHAPES,
+    WEIGHT_TYPES,
+    ModelShape,
+    main,
+    plan_tensors,
+    quantise,
+    rope_frequency_factors,
+    write_random_model,
+)
+from tests.compute.reference import reference_logits
+from tests.oracle.llamacpp import Llama
+
+TINY = SHAPES["tiny"]
+VARIANTS = {
+    "llama": TINY,
+    "llama-llama3": msgspec.structs.replace(TINY, rope_scaling="llama3", rope_factor=8.0, context_original=64),
+    "llama-yarn": msgspec.structs.replace(TINY, rope_scaling="yarn", rope_factor=4.0, context_original=64),
+    "llama-narrow-heads": msgspec.structs.replace(TINY, head_size=32, tied_embeddings=True),
+    "qwen2": msgspec.structs.replace(TINY, architecture="qwen2"),
+    "qwen2-linear": msgspec.structs.replace(TINY, architecture="qwen2", rope_scaling="linear", rope_factor=4.0),
+    "qwen3": msgspec.structs.replace(TINY, architecture="qwen3", head_size=32, tied_embeddings=True),
+    "qwen3-yarn": msgspec.structs.replace(
+        TINY, architecture="qwen3", rope_scaling="yarn", rope_factor=4.0, context_original=64
+    ),
+}
+TOKEN_IDS = np.random.default_rng(1).integers(0, TINY.vocab_size, 100).tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.slow
+def test_llama_cpp_and_the_reference_agree(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_random_model(path, VARIANTS[name], quantisation="F32")
+    reference = reference_logits(path, TOKEN_IDS)
+    with Llama(path, context=256, flash_attention=False, cache_type="f32") as llama:
+        assert np.abs(llama.logits(TOKEN_IDS) - reference).max() < 2e-4  # 2e-5 when last measured
+    with Llama(path, context=256) as llama:
+        assert np.abs(llama.logits(TOKEN_IDS) - reference).max() < 2e-2  # 5e-3: keys and values in f16
+    assert 0.5 < reference.std() < 2.0
+
+
+@pytest.mark.parametrize("type_name", ["F16", "BF16", "Q8_0", "Q4_0", "Q3_K", "Q4_K", "IQ3_S", "IQ4_XS", "MXFP4", "TQ2_0"])
+@pytest.mark.slow
+def test_llama_cpp_runs_the_type(type_name: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_random_model(path, TINY, quantisation=type_name)
+    with Llama(path, context=256) as llama:
+        difference = llama.logits(TOKEN_IDS) - reference_logits(path, TOKEN_IDS)
+    assert np.sqrt(np.mean(difference**2)) < 0.1  # of logits around 1: activations are rounded to 8 bits
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "spm"])
+@pytest.mark.slow
+def test_the_vocabulary_spells_every_text(tokenizer: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_random_model(path, TINY, tokenizer=tokenizer)  # type: ignore[arg-type]
+    text = "<|im_start|>user\nthe of WORLD\t12 é😀 漢字<|im_end|>"
+    with Llama(path, vocab_only=True) as llama:
+        ids = llama.tokenize(text)
+        spelt = b"".join(llama.piece(token_id) for token_id in ids).decode()
+        assert spelt.replace(" ", "") == text.replace(" ", "")  # SentencePiece puts a space before the first letter
+        assert llama.is_eog(ids[-1])
+        assert len(llama.tokenize("the")) <= 3
+
+
+QUICK_TYPES = [name for name in WEIGHT_TYPES if not name.startswith(("IQ1", "IQ2", "IQ3"))]
+UNREADABLE_TYPES = ("Q1_0",)  # the gguf package has no dequantiser for it
+
+
+@pytest.mark.parametrize("type_name", QUICK_TYPES)
+def test_quantised_values_are_near_the_originals(type_name: str) -> None:
+    values = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
+    rows = quantise(values, type_name)
+    if type_name in UNREADABLE_TYPES:
+        return
+    restored = dequantize(rows, gguf.GGMLQuantizationType[type_name]).reshape(values.shape)
+    error = np.sqrt(np.mean((restored - values) ** 2))
+    bits = 8 * rows.nbytes / values.size
+    assert error < {1: 1.0, 2: 0.9, 3: 0.3}.get(int(bits), 0.15)  # ternary types are the worst of 2 bits
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("first.gguf", "second.gguf", "other.gguf")]
+    for path, seed in zip(paths, (5, 5, 6), strict=True):
+        size_bytes = write_random_model(path, TINY, quantisation="Q8_0", seed=seed)
+        assert path.stat().st_size == size_bytes
+    first, second, other = (path.read_bytes() for path in paths)
+    assert first == second
+    assert first != other
+    assert sorted(tmp_path.iterdir()) == sorted(paths)  # nothing partial is left behind
+
+
+def test_rows_that_blocks_do_not_divide_are_kept_wider(tmp_path: Path) -> None:
+    shape = msgspec.structs.replace(TINY, hidden_size=96, num_heads=3, num_kv_heads=1, head_size=32, feed_forward_size=80)
+    write_random_model(tmp_path / "odd.gguf", shape, quantisation="Q4_K")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "odd.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.0.ffn_down.weight"] == "F16"
+
+
+def test_mixed_files_have_better_values_in_some_layers() -> None:
+    plans = plan_tensors(SHAPES["1b"], quantisation="Q4_K", output_quantisation="Q6_K", mixed=True)
+    better = [plan.name for plan in plans if plan.type_name == "Q6_K" and "attn_v" in plan.name]
+    assert better == [f"blk.{layer}.attn_v.weight" for layer in (0, 1, 4, 7, 10, 13, 14, 15)]
+
+
+def test_named_shapes_have_their_sizes() -> None:
+    sizes = {name: shape.num_parameters / 1e9 for name, shape in SHAPES.items()}
+    assert sizes["1b"] == pytest.approx(1.24, abs=0.01)
+    assert sizes["8b"] == pytest.approx(8.03, abs=0.01)
+    assert sizes["70b"] == pytest.approx(70.6, abs=0.1)
+
+
+def test_frequency_factors_keep_short_waves() -> None:
+    factors = rope_frequency_factors(SHAPES["8b"])
+    assert factors[0] == 1.0
+    assert factors[-1] == pytest.approx(8.0)
+    assert (np.diff(factors) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_heads": 3},
+        {"num_layers": 0},
+        {"head_size": 3},
+        {"architecture": "qwen3", "rope_scaling": "llama3"},
+        {"architecture": "qwen2", "head_size": 32},
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        ModelShape(**(msgspec.structs.asdict(TINY) | change))
+
+
+def test_a_small_vocabulary_and_unknown_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot spell"):
+        write_random_model(tmp_path / "a.gguf", msgspec.structs.replace(TINY, vocab_size=258))
+    with pytest.raises(ValueError, match="Q9_Z"):
+        write_random_model(tmp_path / "a.gguf", TINY, quantisation="Q9_Z")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.gguf"
+    main(["tiny", str(path), "--quantisation", "Q8_0", "--architecture", "qwen3"])
+    assert f"{path.stat().st_size:,} bytes" in capsys.readouterr().out
+    elements = sum(math.prod(tensor.shape.tolist()) for tensor in gguf.GGUFReader(path).tensors)
+    assert elements == msgspec.structs.replace(TINY, architecture="qwen3").num_parameters
