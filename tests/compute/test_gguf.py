@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -170,9 +171,9 @@ def test_type_layouts() -> None:
     assert type_layout(31) is None  # Q4_0_4_4, removed
     assert type_layout(1000) is None
     assert type_layout(-1) is None
-    for known in gguf.GGML_QUANT_SIZES.items():
-        layout = type_layout(known[0])
-        assert layout is None or layout == (known[0].name, *known[1])
+    for known, sizes in gguf.GGML_QUANT_SIZES.items():
+        if known.name != "Q8_1":  # never in files, and the package has its old layout
+            assert type_layout(known) in (None, (known.name, *sizes))
 
 
 # What it refuses, and in which words
@@ -338,6 +339,7 @@ def test_parts_with_one_tensor_twice(tmp_path: Path) -> None:
 def open_all(path: Path, cases: Iterator[bytes]) -> tuple[int, int]:
     """Opens each case; returns how many were refused and how many read. Any other outcome is an error."""
     refused = read = 0
+    messages: set[str] = set()
     tracemalloc.start()
     try:
         for data in cases:
@@ -350,11 +352,12 @@ def open_all(path: Path, cases: Iterator[bytes]) -> tuple[int, int]:
                         assert len(file.view(info)) == info.num_bytes
                 read += 1
             except (BadModelFile, UnsupportedModel) as error:
-                assert "\n" not in str(error), data
                 refused += 1
+                messages.add(str(error))
             assert tracemalloc.get_traced_memory()[1] - before_bytes < PEAK_BYTES_MAX, data
     finally:
         tracemalloc.stop()
+    assert not [message for message in messages if not message.isprintable()]
     return refused, read
 
 
@@ -424,12 +427,10 @@ def test_random_damage(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_large_vocabulary_is_read_quickly(path: Path, benchmark_seconds: float = 1.0) -> None:
-    import time
-
+def test_a_large_vocabulary_is_read_quickly(path: Path) -> None:
     shape = msgspec.structs.replace(SHAPES["tiny"], vocab_size=128256)
     write_random_model(path, shape, quantisation="Q8_0")
     began_s = time.perf_counter()
     with GGUFFile.open(path) as file:
         assert len(file.metadata["tokenizer.ggml.tokens"]) == 128256
-    assert time.perf_counter() - began_s < benchmark_seconds  # 0.1 s when last measured, on a core of its own
+    assert time.perf_counter() - began_s < 1.0  # 0.1 s when last measured, on a core of its own

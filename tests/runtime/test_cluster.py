@@ -74,7 +74,7 @@ async def _cut_off(devices: Cluster, model: Path, victim: int) -> tuple[float, S
             devices.workers(victim)[0].send_signal(signal.SIGKILL)
 
     with pytest.raises(WorkerLost) as caught:
-        await devices.ask(request(model, tokens=100_000, options=EngineOptions(context=100_000)), on_text=kill)
+        await devices.ask(request(model, tokens=100_000, options=EngineOptions(context=2048)), on_text=kill)
     return time.monotonic() - killed_s[0], caught.value
 
 
@@ -113,12 +113,12 @@ def test_a_client_that_goes_away_stops_its_answer(model: Path) -> None:
     async def scenario() -> None:
         async with cluster(2, model.parent) as devices:
             channel = await open_channel(devices.head.address)
-            await channel.send(request(model, tokens=100_000, options=EngineOptions(num_threads=1, context=100_000)))
+            await channel.send(request(model, tokens=100_000, options=EngineOptions(num_threads=1, context=2048)))
             while not isinstance(await channel.receive(), Delta):
                 pass
             await channel.close()
             # The same engine is free for the next one at once.
-            options = EngineOptions(num_threads=1, context=100_000)
+            options = EngineOptions(num_threads=1, context=2048)
             answer = await asyncio.wait_for(devices.ask(request(model, tokens=4, options=options)), 5.0)
             assert len(answer.finished.token_ids) == 4
 
@@ -144,6 +144,8 @@ def test_mistakes_are_one_clear_line(model: Path, tmp_path: Path) -> None:
                 await devices.ask(request(model, options=small, prompt="word " * 50))
             # And the engine is still there for a prompt that fits.
             assert (await devices.ask(request(model, options=small, token_ids=[5, 6], prompt=None, tokens=3))).text
+            with pytest.raises(RequestError, match=r"--context 9999: .* was made for at most 2048 tokens"):
+                await devices.ask(request(model, options=EngineOptions(context=9999)))
             with pytest.raises(RequestError, match="temperature"):
                 await devices.ask(request(model, sampling=request(model).sampling.__class__(temperature=-1.0)))
             with pytest.raises(RequestError, match="token id 99999 is outside the vocabulary of 512"):

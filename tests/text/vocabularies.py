@@ -19,8 +19,8 @@ Metadata = dict[str, Any]
 
 def byte_level(pre: str = "gpt-2", **changes: Any) -> Metadata:
     """Metadata of a byte-level BPE tokenizer. Its merges reach across words, so that a wrong split shows."""
-    tokens, merges = _train_byte_level()
-    tokens, types = _add_special(list(tokens), [1] * len(tokens))
+    learned, merges = _train_byte_level()
+    tokens, types = _add_special(list(learned), [1] * len(learned))
     metadata: Metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,

@@ -80,6 +80,11 @@ class Stage:
         return self._cache.num_bytes
 
     @property
+    def num_graphs(self) -> int:
+        """Graphs that are kept at present."""
+        return len(self._graphs)
+
+    @property
     def activation_bytes(self) -> int:
         return int(L.ggml_gallocr_get_buffer_size(self._allocator, 0))
 

@@ -44,6 +44,7 @@ from shoal.runtime.messages import (
     Generate,
     Hello,
     Message,
+    ModelFile,
     Progress,
     StartWorker,
     Status,
@@ -146,7 +147,7 @@ class Agent:
             except LinkClosed:
                 return
             if isinstance(request, AskSurvey):
-                await channel.send(await self._survey(request.model_hash))
+                await channel.send(await self._survey(request.model))
             elif isinstance(request, AskStatus):
                 await channel.send(await self._status())
             elif isinstance(request, Generate):
@@ -175,8 +176,8 @@ class Agent:
 
     # ---- what this device is
 
-    async def _survey(self, model_hash: ModelHash | None) -> Survey:
-        found = model_hash is not None and await asyncio.to_thread(self._store.find, model_hash) is not None
+    async def _survey(self, model: ModelFile | None) -> Survey:
+        found = model is not None and await asyncio.to_thread(self._store.find, model) is not None
         return Survey(
             device=self._device,
             version=__version__,
@@ -237,14 +238,14 @@ class Agent:
 
         path = self._store.resolve(request.model)
         await report(Progress(f"reading {path.name}"))
-        model_hash = await asyncio.to_thread(self._store.hash_file, path)
-        key = (model_hash, msgspec.json.encode(request.options))
+        model = await asyncio.to_thread(self._store.identify, path)
+        key = (model.hash, msgspec.json.encode(request.options))
         async with self._deploying:
             await self._sweep()
             if key not in self._engines:
                 while len(self._engines) >= _ENGINES_MAX:
                     await self._engines.pop(next(iter(self._engines))).close()
-                engine = await self._deploy(path, model_hash, request.options, report)
+                engine = await self._deploy(path, model, request.options, report)
                 self._engines[key] = engine
                 self._keep(self._close_when_lost(engine))
             return self._engines[key]
@@ -266,7 +267,7 @@ class Agent:
                 del self._engines[key]
                 await engine.close()
 
-    async def _deploy(self, path: Path, model_hash: ModelHash, options: EngineOptions, report: Any) -> Engine:
+    async def _deploy(self, path: Path, model: ModelFile, options: EngineOptions, report: Any) -> Engine:
         options = msgspec.structs.replace(
             options,
             num_threads=options.num_threads or self._options.num_threads,
@@ -278,7 +279,7 @@ class Agent:
         try:
             for host, port in self._options.peers:
                 await report(Progress(f"calling {host}:{port}"))
-                member, usable_bytes = await _lease_from(host, port, model_hash, path)
+                member, usable_bytes = await _lease_from(host, port, model, path)
                 others.append(member)
                 if member.device in memory_bytes:
                     raise DeviceRefused(f"two devices call themselves {member.device}: start one with another --name")
@@ -292,7 +293,7 @@ class Agent:
             [own, *others],
             own,
             engine=EngineId(secrets.randbits(63) | 1),
-            model_hash=model_hash,
+            model=model,
             options=options,
             memory_bytes=memory_bytes,
             report=report,
@@ -302,9 +303,9 @@ class Agent:
 
     async def _lease(self, channel: Channel, start: StartWorker) -> None:
         """Runs a worker for another device's head, for as long as this connection lasts."""
-        path = await asyncio.to_thread(self._store.find, start.model_hash)
+        path = await asyncio.to_thread(self._store.find, start.model)
         if path is None:
-            raise ModelNotFound(f"no model file with SHA-256 {start.model_hash} in {self._store.describe_folders()}")
+            raise ModelNotFound(f"no model file with SHA-256 {start.model.hash} in {self._store.describe_folders()}")
         worker = await WorkerProcess.start()
         self._counters.leases[start.engine] = f"{path.name} (for {channel.peer})"
         try:
@@ -335,7 +336,7 @@ class _OwnMember(OwnMember):
         return await super().ask(message, kind, timeout_s=timeout_s)
 
 
-async def _lease_from(host: str, port: int, model_hash: ModelHash, path: Path) -> tuple[LeasedMember, int]:
+async def _lease_from(host: str, port: int, model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
     """Connects to a peer and makes sure that it has the model.
 
     Raises:
@@ -344,12 +345,12 @@ async def _lease_from(host: str, port: int, model_hash: ModelHash, path: Path) -
     """
     channel = await connect(host, port)
     try:
-        await channel.send(AskSurvey(model_hash))
+        await channel.send(AskSurvey(model))
         # A peer that has not seen its files before hashes them now.
         survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
         if not survey.has_model:
             raise ModelNotFound(
-                f"device {survey.device} ({host}:{port}) lacks {path.name} (SHA-256 {model_hash[:12]}...): copy it, "
+                f"device {survey.device} ({host}:{port}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
     except BaseException:

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
-from shoal.errors import DeviceError, DeviceRefused, LinkClosed, WorkerLost
+from shoal.errors import DeviceError, DeviceRefused, LinkClosed, RequestError, WorkerLost
 from shoal.ids import DeviceId, EngineId, ModelHash
 from shoal.placement.contiguous import place_by_hand, place_layers
 from shoal.placement.device import Device, ModelSize, Placement
@@ -28,6 +28,7 @@ from shoal.runtime.messages import (
     Finished,
     Generate,
     Message,
+    ModelFile,
     Progress,
     RingConnected,
     StageDescription,
@@ -206,7 +207,7 @@ async def deploy(
     own: OwnMember,
     *,
     engine: EngineId,
-    model_hash: ModelHash,
+    model: ModelFile,
     options: EngineOptions,
     memory_bytes: dict[DeviceId, int],
     report: Report,
@@ -221,8 +222,8 @@ async def deploy(
         ShoalError: what a device refused or lost, or InfeasiblePlacement.
     """
     try:
-        reports = await _measure(members, engine, model_hash, options, report)
-        context = min(options.context or CONTEXT_DEFAULT, reports[0].context_length)
+        reports = await _measure(members, engine, model, options, report)
+        context = _context(options, reports[0])
         placement = _place(members, reports, memory_bytes, options, context=context)
         stages = await _load(members, placement, options, context=context, report=report)
         used = _in_ring_order(members, placement)
@@ -230,7 +231,7 @@ async def deploy(
             if member not in used:
                 await member.release()
         await _connect(used, stages)
-        description = _describe(placement, members, reports, stages, model_hash, context)
+        description = _describe(placement, members, reports, stages, model.hash, context)
         return Engine(used, own, description)
     except BaseException:
         await asyncio.gather(*(member.release() for member in members))
@@ -238,7 +239,7 @@ async def deploy(
 
 
 async def _measure(
-    members: Sequence[Member], engine: EngineId, model_hash: ModelHash, options: EngineOptions, report: Report
+    members: Sequence[Member], engine: EngineId, model: ModelFile, options: EngineOptions, report: Report
 ) -> list[WorkerReport]:
     """One device after the other: several of them may share one machine, where they would measure each other."""
     reports = []
@@ -246,13 +247,21 @@ async def _measure(
         await report(Progress(f"measuring {member.device}", index, len(members)))
         start = StartWorker(
             engine=engine,
-            model_hash=model_hash,
+            model=model,
             num_threads=options.num_threads,
             compute_device=options.compute_device,
             repack=options.repack,
         )
         reports.append(await member.ask(start, WorkerReport, timeout_s=MEASURE_TIMEOUT_S))
     return reports
+
+
+def _context(options: EngineOptions, report: WorkerReport) -> int:
+    if options.context is not None and options.context > report.context_length:
+        raise RequestError(
+            f"--context {options.context}: {report.model_name} was made for at most {report.context_length} tokens"
+        )
+    return options.context or min(CONTEXT_DEFAULT, report.context_length)
 
 
 def _place(

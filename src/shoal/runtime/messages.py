@@ -46,10 +46,17 @@ class Failed(Message, frozen=True):
 # ---- what a device is
 
 
-class AskSurvey(Message, frozen=True):
-    """Who are you, and do you have this model? No hash asks only the first."""
+class ModelFile(msgspec.Struct, frozen=True):
+    """A model by its content. The size is there so that a device need not hash files that cannot be it."""
 
-    model_hash: ModelHash | None = None
+    hash: ModelHash
+    num_bytes: int
+
+
+class AskSurvey(Message, frozen=True):
+    """Who are you, and do you have this model? No model asks only the first."""
+
+    model: ModelFile | None = None
 
 
 class Survey(Message, frozen=True):
@@ -93,7 +100,7 @@ class StartWorker(Message, frozen=True):
     """Start a worker for this model, and measure. Answered by `WorkerReport` or `Failed`."""
 
     engine: EngineId
-    model_hash: ModelHash
+    model: ModelFile
     model_path: str = ""
     """Filled in by the worker's own agent: a path never comes from elsewhere."""
     num_threads: int | None = None

@@ -19,6 +19,7 @@ import platformdirs
 
 from shoal.errors import ModelNotFound
 from shoal.ids import ModelHash
+from shoal.runtime.messages import ModelFile
 
 _CHUNK_BYTES = 8 * 1024 * 1024
 _FOLDER_DEPTH_MAX = 6
@@ -66,13 +67,17 @@ class ModelStore:
             "give a path, or a folder with --models"
         )
 
-    def find(self, model_hash: ModelHash, *, progress: HashProgress | None = None) -> Path | None:
+    def find(self, model: ModelFile, *, progress: HashProgress | None = None) -> Path | None:
         """The file with this content, or None."""
         for file in self._files():
             with contextlib.suppress(OSError):
-                if self.hash_file(file, progress=progress) == model_hash:
+                if file.stat().st_size == model.num_bytes and self.hash_file(file, progress=progress) == model.hash:
                     return file.resolve()
         return None
+
+    def identify(self, path: Path) -> ModelFile:
+        """The content of a file."""
+        return ModelFile(hash=self.hash_file(path), num_bytes=path.stat().st_size)
 
     def hash_file(self, path: Path, *, progress: HashProgress | None = None) -> ModelHash:
         """SHA-256 of a file; kept for as long as its size and time of change stay."""
