@@ -46,7 +46,12 @@ def test_a_stopped_prefill_leaves_a_quiet_ring(tiny_model: TinyModel) -> None:
     with ring(path, [1, 1, 1], micro_batch=32) as head:
         asked: list[int] = []
         batches = micro_batches(0, len(prompt), micro_batch=32)
-        assert head.prefill(prompt, batches, progress=lambda done: asked.append(done) is not None) is None
+
+        def stop_at_once(num_done: int) -> bool:
+            asked.append(num_done)
+            return False
+
+        assert head.prefill(prompt, batches, progress=stop_at_once) is None
         # Three micro-batches were under way and came home; the next pass is right.
         assert asked == [32, 64, 96]
         first = run(head, prompt, [5, 6], micro_batch=32)
