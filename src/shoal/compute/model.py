@@ -113,6 +113,9 @@ class Model:
             raise UnsupportedModel(f"{self.path}: tensor {name} is {info.type_name}: vectors are F32 or F16")
 
 
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
 class EmbeddingTable:
     """Rows of `token_embd.weight`, gathered from the mapped file, so that the vocabulary never fills memory."""
 
@@ -123,9 +126,11 @@ class EmbeddingTable:
         self._hidden_size = info.shape[0]
         self.vocab_size = info.shape[1]
         self._is_f32 = info.type == ggml.lib.GGML_TYPE_F32
-        self._to_float = ggml.lib.ggml_get_type_traits(info.type).contents.to_float
-        if not self._is_f32 and not self._to_float:
+        to_float = ggml.lib.ggml_get_type_traits(info.type).contents.to_float
+        if not self._is_f32 and not to_float:
             raise UnsupportedModel(f"{model.path}: token_embd.weight is {info.type_name}, which cannot be dequantised")
+        # Declared anew with plain addresses: building a typed pointer takes ctypes longer than the whole row.
+        self._to_float = _TO_FLOAT(ctypes.cast(to_float, ctypes.c_void_p).value or 0)
 
     def gather(self, token_ids: Sequence[int], x_BD: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         """Fills the first `len(token_ids)` rows of `x_BD` (float32, contiguous).
@@ -133,15 +138,16 @@ class EmbeddingTable:
         Raises:
             ValueError: a token id outside the vocabulary.
         """
-        for row, token_id in enumerate(token_ids):
+        target, target_bytes = x_BD.ctypes.data, 4 * self._hidden_size
+        for token_id in token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
             source = self._address + token_id * self._row_bytes
-            target = x_BD[row].ctypes.data
             if self._is_f32:
                 ctypes.memmove(target, source, self._row_bytes)
             else:
-                self._to_float(source, ctypes.cast(target, ctypes.POINTER(ctypes.c_float)), self._hidden_size)
+                self._to_float(source, target, self._hidden_size)
+            target += target_bytes
 
 
 def describe(shape: Hyperparameters) -> str:

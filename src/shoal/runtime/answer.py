@@ -139,13 +139,14 @@ class _Answer:
         self._num_prompt = len(prompt_ids)
         self._num_cached = num_cached
         self._emit = emit
-        self._text = TextStream(tokenizer)
+        self._text = TextStream(tokenizer, continues_text=request.messages is None)
         self._stops = StopFilter(request.stop)
         self._ids: list[int] = []
         self._best_ids: list[int] = []
         self._best_gaps: list[float] = []
         self._digest = hashlib.blake2b(digest_size=16) if request.digest else None
         self._stopped = False
+        self._unread: int | None = None
         self._unshown: Delta | None = None
 
     def choose(self, logits_V: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[int, Literal["stop", "length"] | None]:
@@ -161,10 +162,12 @@ class _Answer:
         if token_id in self._tokenizer.eog_ids and not request.ignore_end and not request.forced_ids:
             return token_id, "stop"
         self._ids.append(token_id)
-        text, self._stopped = self._stops.push(self._text.push(token_id))
-        self._unshown = Delta(text=text, token_id=token_id)
-        if self._stopped:
-            return token_id, "stop"
+        self._unread = token_id
+        if request.stop:
+            # Only a stop string needs the text before the next token is under way.
+            self._read()
+            if self._stopped:
+                return token_id, "stop"
         limit = len(request.forced_ids) or request.max_tokens
         return token_id, "length" if limit is not None and len(self._ids) >= limit else None
 
@@ -174,8 +177,16 @@ class _Answer:
         self._best_gaps.append(float(logits_V[best] - logits_V[second]))
         return self._request.forced_ids[len(self._ids)]
 
+    def _read(self) -> None:
+        """Turns the last token into text."""
+        if self._unread is not None:
+            text, self._stopped = self._stops.push(self._text.push(self._unread))
+            self._unshown = Delta(text=text, token_id=self._unread)
+            self._unread = None
+
     def show(self) -> None:
-        """Tells the client of the last token."""
+        """Tells the client of the last token, while the next one is computed elsewhere."""
+        self._read()
         if self._unshown is not None:
             self._emit(self._unshown)
             self._unshown = None
