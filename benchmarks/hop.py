@@ -21,7 +21,7 @@ from shoal.runtime.messages import EngineOptions, Generate, Sampling
 TOKENS = 520
 
 
-async def decode(num_devices: int, *, threads: int, tokens: int, spin_s: float = 0.0) -> Answer:
+async def decode(num_devices: int, *, threads: int, tokens: int) -> Answer:
     """Decodes `tokens` tokens over a fresh ring."""
     path = smollm2()
     async with contextlib.AsyncExitStack() as stack:
@@ -39,7 +39,7 @@ async def decode(num_devices: int, *, threads: int, tokens: int, spin_s: float =
             max_tokens=tokens,
             ignore_end=True,
             sampling=Sampling(temperature=0.0),
-            options=EngineOptions(num_threads=threads, spin_s=spin_s),
+            options=EngineOptions(num_threads=threads),
         )
         return await generate(channel, request, show=lambda _: None, status=lambda _: None)
 

@@ -44,7 +44,7 @@ def ring(
     for stage, (inbound, outbound) in zip(stages[:-1], links[:-1], strict=True):
         assert inbound is not None
         assert outbound is not None
-        serving = threading.Thread(target=_serve, args=(RingStage(stage, inbound, outbound, thread_counts, spin_s=0.0),))
+        serving = threading.Thread(target=_serve, args=(RingStage(stage, inbound, outbound, thread_counts),))
         serving.start()
         running.append(serving)
     inbound, outbound = links[-1]

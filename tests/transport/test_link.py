@@ -11,14 +11,14 @@ import pytest
 
 from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, RemoteProtocolError
 from shoal.ids import EngineId
-from shoal.transport.framing import HEADER, FrameHeader, FrameKind, StageTiming
+from shoal.transport.framing import HEADER, StageTiming
 from shoal.transport.link import Frame, Inbound, Outbound, RingListener, dial, listen
 
 ENGINE = EngineId(42)
 HIDDEN = 16
 
 
-def connected(*, frames_max: int = 4) -> tuple[Inbound, Outbound]:
+def connected(*, frames_max: int = 4, hidden: int = HIDDEN, micro_batch: int = 512) -> tuple[Inbound, Outbound]:
     listener = RingListener("127.0.0.1", engine=ENGINE, version="1")
     accepted: list[Inbound] = []
     accepting = threading.Thread(target=lambda: accepted.append(listener.accept(timeout_s=5.0)))
@@ -26,7 +26,7 @@ def connected(*, frames_max: int = 4) -> tuple[Inbound, Outbound]:
     sock = dial("127.0.0.1", listener.port, engine=ENGINE, version="1")
     accepting.join()
     listener.close()
-    return accepted[0], Outbound(sock, micro_batch=512, hidden_size=HIDDEN, frames_max=frames_max)
+    return accepted[0], Outbound(sock, micro_batch=micro_batch, hidden_size=hidden, frames_max=frames_max)
 
 
 @pytest.fixture
@@ -37,32 +37,37 @@ def link() -> Iterator[tuple[Inbound, Outbound]]:
     outbound.close()
 
 
-def header(num_tokens: int) -> FrameHeader:
-    return FrameHeader(FrameKind.FORWARD, 0, ENGINE, 3, num_tokens, 1, 0)
-
-
 def test_hidden_states_and_times_arrive_as_they_left(link: tuple[Inbound, Outbound]) -> None:
     inbound, outbound = link
-    frame = Frame(micro_batch=512, hidden_size=HIDDEN)
-    for num_tokens in (1, 2, 512):
+    received, frame = Frame(micro_batch=512, hidden_size=HIDDEN), outbound.free_frame()
+    for num_tokens in (1, 2, 512, 1):
         x_BD = np.random.default_rng(num_tokens).standard_normal((num_tokens, HIDDEN), dtype=np.float32)
-        outbound.send(header(num_tokens), x_BD, [StageTiming(0.5, 0.75)])
-        inbound.receive(frame, spin_s=0.001)
-        assert np.array_equal(frame.hidden_states, x_BD)
-        assert frame.timings == [StageTiming(0.5, 0.75)]
-        assert frame.header.position == 3
+        frame.begin(ENGINE, np.zeros_like(x_BD), 3)
+        frame.continue_with(np.zeros_like(x_BD), compute_ns=10**9, held_ns=2 * 10**9)
+        frame.continue_with(x_BD, compute_ns=500_000_000, held_ns=750_000_000)
+        frame = outbound.send(frame)
+        inbound.receive(received)
+        assert np.array_equal(received.hidden_states, x_BD)
+        assert received.timings == [StageTiming(1.0, 2.0), StageTiming(0.5, 0.75)]
+        assert received.header.position == 3
+    assert inbound.bytes_received == outbound.bytes_sent
 
 
-def test_large_frames_do_not_block_the_sender(link: tuple[Inbound, Outbound]) -> None:
-    inbound, outbound = link
-    x_BD = np.zeros((512, HIDDEN), dtype=np.float32)
-    frame = Frame(micro_batch=512, hidden_size=HIDDEN)
+def test_large_frames_do_not_block_the_sender_and_keep_their_order() -> None:
+    # 16 MB are more than the socket's buffers take: the sender thread must wait, the caller must not.
+    inbound, outbound = connected(frames_max=6, hidden=8192, micro_batch=128)
+    frame, received = outbound.free_frame(), Frame(micro_batch=128, hidden_size=8192)
     for index in range(4):
-        x_BD[:] = index
-        outbound.send(header(512), x_BD, [])
-    for index in range(4):
-        inbound.receive(frame)
-        assert float(frame.hidden_states[0, 0]) == index
+        frame.begin(ENGINE, np.full((128, 8192), index, dtype=np.float32), index)
+        frame = outbound.send(frame)
+    frame.begin(ENGINE, np.full((1, 8192), 4, dtype=np.float32), 4)  # small, and still not ahead of the others
+    outbound.send(frame)
+    for index in range(5):
+        inbound.receive(received)
+        assert received.header.position == index
+        assert np.all(received.hidden_states == index)
+    inbound.close()
+    outbound.close()
 
 
 def test_a_closed_link_is_told_at_once(link: tuple[Inbound, Outbound]) -> None:
@@ -77,10 +82,10 @@ def test_a_closed_link_is_told_at_once(link: tuple[Inbound, Outbound]) -> None:
     [
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * HEADER.size,
         b"\x00" * HEADER.size,
-        HEADER.pack(b"SHOA", 1, 4, 0, 7, 0, 1, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 4, 0, ENGINE, 0, 2, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 4, 200, ENGINE, 0, 1, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 1, 0, ENGINE, 0, 0, 0, 0),
+        HEADER.pack(b"SHOA", 1, 4, 0, 7, 0, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 4, 0, ENGINE, 0, 2, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 4, 200, ENGINE, 0, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
+        HEADER.pack(b"SHOA", 1, 1, 0, ENGINE, 0, 0, 0),
     ],
     ids=["http", "zeros", "other engine", "wrong size", "too many records", "late hello"],
 )

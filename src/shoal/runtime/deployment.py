@@ -307,7 +307,6 @@ async def _load(
             micro_batch=options.micro_batch,
             num_stages=len(placement.stages),
             head=stage is placement.head,
-            spin_s=options.spin_s,
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
 

@@ -134,7 +134,6 @@ class AssignLayers(Message, frozen=True):
     micro_batch: int
     num_stages: int
     head: bool
-    spin_s: float = 0.0
 
 
 class StageReady(Message, frozen=True):
@@ -197,7 +196,6 @@ class EngineOptions(msgspec.Struct, frozen=True):
     num_threads: int | None = None
     compute_device: str | None = None
     repack: bool = True
-    spin_s: float = 0.0
 
 
 class Generate(Message, frozen=True):

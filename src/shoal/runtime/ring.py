@@ -15,7 +15,7 @@ import numpy as np
 from shoal.compute.stage import Stage
 from shoal.ids import EngineId
 from shoal.inference.batching import MicroBatch
-from shoal.transport.framing import FrameHeader, FrameKind, StageTiming
+from shoal.transport.framing import StageTiming
 from shoal.transport.link import Frame, Inbound, Outbound
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -35,13 +35,11 @@ class ThreadCounts(NamedTuple):
 class RingStage:
     """A stage that is not the head: its frames come from the previous device and go to the next."""
 
-    def __init__(self, stage: Stage, inbound: Inbound, outbound: Outbound, threads: ThreadCounts, *, spin_s: float) -> None:
+    def __init__(self, stage: Stage, inbound: Inbound, outbound: Outbound, threads: ThreadCounts) -> None:
         self._stage = stage
         self._inbound = inbound
         self._outbound = outbound
         self._threads = threads
-        self._spin_s = spin_s
-        self._frame = Frame(micro_batch=stage.micro_batch, hidden_size=stage.model.shape.hidden_size)
 
     def run(self) -> None:
         """Serves frames until a link closes.
@@ -49,16 +47,17 @@ class RingStage:
         Raises:
             LinkError: a neighbour is gone or sent what the protocol forbids.
         """
+        frame = self._outbound.free_frame()
         while True:
-            self._inbound.receive(self._frame, spin_s=self._spin_s)
-            arrived_s = time.perf_counter()
-            header, timings = self._frame.header, self._frame.timings
+            self._inbound.receive(frame)
+            arrived_ns = time.perf_counter_ns()
+            header = frame.header
             set_threads(self._stage, self._threads, header.num_tokens)
-            started_s = time.perf_counter()
-            output_BD = self._stage.forward(self._frame.hidden_states, header.position)
-            ended_s = time.perf_counter()
-            timings.append(StageTiming(compute_s=ended_s - started_s, held_s=ended_s - arrived_s))
-            self._outbound.send(header, output_BD, timings)
+            started_ns = time.perf_counter_ns()
+            output_BD = self._stage.forward(frame.hidden_states, header.position)
+            ended_ns = time.perf_counter_ns()
+            frame.continue_with(output_BD, compute_ns=ended_ns - started_ns, held_ns=ended_ns - arrived_ns)
+            frame = self._outbound.send(frame)
 
 
 class RingHead:
@@ -76,7 +75,6 @@ class RingHead:
         num_stages: int,
         inbound: Inbound | None = None,
         outbound: Outbound | None = None,
-        spin_s: float = 0.0,
     ) -> None:
         self.stage = stage
         self.num_stages = num_stages
@@ -84,8 +82,8 @@ class RingHead:
         self._threads = threads
         self._inbound = inbound
         self._outbound = outbound
-        self._spin_s = spin_s
-        self._frame = Frame(micro_batch=stage.micro_batch, hidden_size=stage.model.shape.hidden_size)
+        self._received = Frame(micro_batch=stage.micro_batch, hidden_size=stage.model.shape.hidden_size)
+        self._next_frame = outbound.free_frame() if outbound is not None else self._received
 
     @property
     def num_hops(self) -> int:
@@ -106,17 +104,15 @@ class RingHead:
         started_s = time.perf_counter()
         x_BD = self.stage.embed((token_id,))
         embed_s = time.perf_counter() - started_s
-        timings: list[StageTiming] = []
-        if self._outbound is not None and self._inbound is not None:
-            self._send(x_BD, position, num_outputs=1)
-            meanwhile()
-            self._inbound.receive(self._frame, spin_s=self._spin_s)
-            timings, x_BD = self._frame.timings, self._frame.hidden_states
-        else:
-            meanwhile()
+        self._send(x_BD, position)
+        meanwhile()
+        if self._inbound is not None:
+            self._inbound.receive(self._received)
+            x_BD = self._received.hidden_states
         started_s = time.perf_counter()
         logits_BV = self.stage.forward(x_BD, position, num_outputs=1)
         compute_s = time.perf_counter() - started_s + embed_s
+        timings = self._received.timings if self._inbound is not None else []
         timings.append(StageTiming(compute_s=compute_s, held_s=compute_s))
         return logits_BV[0], timings
 
@@ -136,7 +132,7 @@ class RingHead:
         wanted = len(batches)
         while num_done < wanted:
             while num_sent < wanted and num_sent - num_done < self.num_stages:
-                self._send_batch(token_ids, batches[num_sent], is_last=num_sent + 1 == len(batches))
+                self._send_batch(token_ids, batches[num_sent])
                 num_sent += 1
             batch = batches[num_done]
             logits_BV = self._finish_batch(token_ids, batch, is_last=num_done + 1 == len(batches))
@@ -145,24 +141,24 @@ class RingHead:
                 wanted = num_sent  # what is under way must come home, or the next pass would meet it
         return logits_BV if num_done == len(batches) else None
 
-    def _send_batch(self, token_ids: Sequence[int], batch: MicroBatch, *, is_last: bool) -> None:
+    def _send_batch(self, token_ids: Sequence[int], batch: MicroBatch) -> None:
         if self._outbound is not None:
-            self._send(self.stage.embed(token_ids[batch.first : batch.stop]), batch.first, num_outputs=int(is_last))
+            self._send(self.stage.embed(token_ids[batch.first : batch.stop]), batch.first)
 
     def _finish_batch(self, token_ids: Sequence[int], batch: MicroBatch, *, is_last: bool) -> FloatArray:
         set_threads(self.stage, self._threads, batch.stop - batch.first)
         if self._inbound is None:
             x_BD = self.stage.embed(token_ids[batch.first : batch.stop])
         else:
-            self._inbound.receive(self._frame)
-            x_BD = self._frame.hidden_states
+            self._inbound.receive(self._received)
+            x_BD = self._received.hidden_states
         logits_BV = self.stage.forward(x_BD, batch.first, num_outputs=int(is_last))
         return logits_BV[0] if is_last else logits_BV
 
-    def _send(self, x_BD: FloatArray, position: int, *, num_outputs: int) -> None:
-        assert self._outbound is not None
-        header = FrameHeader(FrameKind.FORWARD, 0, self._engine, position, len(x_BD), num_outputs, 0)
-        self._outbound.send(header, x_BD, [])
+    def _send(self, x_BD: FloatArray, position: int) -> None:
+        if self._outbound is not None:
+            self._next_frame.begin(self._engine, x_BD, position)
+            self._next_frame = self._outbound.send(self._next_frame)
 
 
 def set_threads(stage: Stage, threads: ThreadCounts, num_tokens: int) -> None:

@@ -109,7 +109,7 @@ class Worker:
         else:
             assert inbound is not None
             assert outbound is not None
-            ring_stage = RingStage(self._stage, inbound, outbound, self._threads, spin_s=assigned.spin_s)
+            ring_stage = RingStage(self._stage, inbound, outbound, self._threads)
             self._pipe.send(RingConnected())
             ring_stage.run()
 
@@ -182,7 +182,6 @@ class Worker:
             num_stages=assigned.num_stages,
             inbound=inbound,
             outbound=outbound,
-            spin_s=assigned.spin_s,
         )
         conversation = Conversation(
             head,

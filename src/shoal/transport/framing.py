@@ -8,8 +8,7 @@
     8       8     engine: which deployment this frame belongs to
     16      4     position of the first token
     20      4     number of tokens
-    24      4     number of rows of output that the head wants
-    28      4     payload bytes
+    24      4     payload bytes
 
 little endian. A payload is the hidden states, [tokens, hidden size] float32, followed by one record per stage that has
 worked on them: the nanoseconds it computed, and the nanoseconds it held the frame. A hello's payload is the text of
@@ -29,8 +28,10 @@ from shoal.ids import EngineId
 
 MAGIC = b"SHOA"
 PROTOCOL_VERSION = 1
-HEADER = struct.Struct("<4sHBBQIIII")
+HEADER = struct.Struct("<4sHBBQIII")
 STAGE_RECORD = struct.Struct("<QQ")
+STAGES_MAX = 64
+"""Most stages in a ring; bounds the stage records of a frame."""
 HELLO_BYTES_MAX = 256
 
 
@@ -43,15 +44,17 @@ class FrameKind(IntEnum):
     FORWARD = 4
 
 
-class FrameHeader(NamedTuple):
-    """The header's fields; see the module's table."""
+_KINDS = frozenset(int(kind) for kind in FrameKind)
 
-    kind: FrameKind
+
+class FrameHeader(NamedTuple):
+    """The header's fields; see the module's table. `kind` is a `FrameKind`."""
+
+    kind: int
     num_records: int
     engine: EngineId
     position: int
     num_tokens: int
-    num_outputs: int
     payload_bytes: int
 
 
@@ -62,16 +65,17 @@ class StageTiming(NamedTuple):
     held_s: float
 
 
-def pack_header(buffer: memoryview, header: FrameHeader) -> None:
+def pack_header(buffer: memoryview | bytearray, header: FrameHeader) -> None:
     """Writes the header at the start of `buffer`.
 
     Raises:
         LocalProtocolError: a field does not fit.
     """
+    kind, num_records, engine, position, num_tokens, payload_bytes = header
     try:
         HEADER.pack_into(
-            buffer, 0, MAGIC, PROTOCOL_VERSION, header.kind, header.num_records, header.engine,
-            header.position, header.num_tokens, header.num_outputs, header.payload_bytes,
+            buffer, 0, MAGIC, PROTOCOL_VERSION, kind, num_records, engine,
+            position, num_tokens, payload_bytes,
         )  # fmt: skip
     except struct.error as error:
         raise LocalProtocolError(f"a frame's header does not fit its fields: {error}") from error
@@ -83,30 +87,16 @@ def unpack_header(buffer: memoryview | bytes | bytearray, *, payload_bytes_max: 
     Raises:
         RemoteProtocolError: wrong magic, version or kind, or a payload above `payload_bytes_max`.
     """
-    magic, version, kind, num_records, engine, position, num_tokens, num_outputs, payload_bytes = HEADER.unpack_from(buffer)
+    magic, version, kind, *rest = HEADER.unpack_from(buffer)
+    header = FrameHeader(kind, *rest)
     if magic != MAGIC:
-        raise RemoteProtocolError(f"a frame starts with {bytes(magic)!r} instead of {MAGIC!r}: the peer is no shoal worker")
+        raise RemoteProtocolError(f"a frame starts with {magic!r} instead of {MAGIC!r}: the peer is no shoal worker")
     if version != PROTOCOL_VERSION:
         raise RemoteProtocolError(
             f"the peer speaks ring protocol {version}, this device {PROTOCOL_VERSION}: install the same shoal on both"
         )
-    if kind not in FrameKind._value2member_map_:
+    if kind not in _KINDS:
         raise RemoteProtocolError(f"a frame is of unknown kind {kind}")
-    if payload_bytes > payload_bytes_max:
-        raise RemoteProtocolError(f"a frame announces {payload_bytes} bytes, at most {payload_bytes_max} are allowed")
-    return FrameHeader(FrameKind(kind), num_records, EngineId(engine), position, num_tokens, num_outputs, payload_bytes)
-
-
-def append_record(buffer: memoryview, offset: int, timing: StageTiming) -> int:
-    """Writes one stage record at `offset`; returns the offset behind it."""
-    STAGE_RECORD.pack_into(buffer, offset, round(timing.compute_s * 1e9), round(timing.held_s * 1e9))
-    return offset + STAGE_RECORD.size
-
-
-def read_records(buffer: memoryview, offset: int, num_records: int) -> list[StageTiming]:
-    """The stage records that start at `offset`, in ring order."""
-    records = []
-    for index in range(num_records):
-        compute_ns, held_ns = STAGE_RECORD.unpack_from(buffer, offset + index * STAGE_RECORD.size)
-        records.append(StageTiming(compute_ns * 1e-9, held_ns * 1e-9))
-    return records
+    if header.payload_bytes > payload_bytes_max:
+        raise RemoteProtocolError(f"a frame announces {header.payload_bytes} bytes, at most {payload_bytes_max} are allowed")
+    return header

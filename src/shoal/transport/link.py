@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import select
 import socket
 import threading
 import time
@@ -23,69 +22,80 @@ from shoal.transport.framing import (
     HEADER,
     HELLO_BYTES_MAX,
     STAGE_RECORD,
+    STAGES_MAX,
     FrameHeader,
     FrameKind,
     StageTiming,
-    append_record,
     pack_header,
-    read_records,
     unpack_header,
 )
 
-STAGES_MAX = 64
-"""Most stages in a ring; bounds the stage records of a frame."""
 INLINE_BYTES_MAX = 64 * 1024
 """Frames up to this size are sent at once: a socket buffer of the usual 200 kB and more takes them without blocking."""
 HELLO_TIMEOUT_S = 5.0
 DIAL_TIMEOUT_S = 5.0
 
-_LOOK = socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)
-
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Frame:
-    """Room for the largest frame of an engine: header, hidden states and records in one buffer."""
+    """Room for the largest frame of an engine: header, hidden states and stage records in one buffer.
+
+    A stage receives into a frame, computes, writes its output over its input, and sends the same frame on.
+    """
 
     def __init__(self, *, micro_batch: int, hidden_size: int) -> None:
         self.hidden_size = hidden_size
         self.payload_bytes_max = micro_batch * hidden_size * 4 + STAGES_MAX * STAGE_RECORD.size
-        self._bytes = np.zeros(HEADER.size + self.payload_bytes_max, dtype=np.uint8)
-        self.buffer = memoryview(self._bytes)  # type: ignore[arg-type]  # numpy arrays export buffers
-        self._floats = self._bytes[HEADER.size : HEADER.size + micro_batch * hidden_size * 4].view(np.float32)
-        self.header = FrameHeader(FrameKind.FORWARD, 0, EngineId(0), 0, 0, 0, 0)
-        self.num_bytes = 0
+        memory = np.zeros(HEADER.size + self.payload_bytes_max, dtype=np.uint8)
+        self.buffer = memoryview(memory)  # type: ignore[arg-type]  # numpy arrays export buffers
+        states = memory[HEADER.size : HEADER.size + micro_batch * hidden_size * 4]
+        self._states_BD: FloatArray = states.view(np.float32).reshape(micro_batch, hidden_size)
+        self.header = FrameHeader(FrameKind.FORWARD, 0, EngineId(0), 0, 0, 0)
 
     @property
     def hidden_states(self) -> FloatArray:
         """The payload as [tokens, hidden size]; a view."""
-        num_tokens = self.header.num_tokens
-        return self._floats[: num_tokens * self.hidden_size].reshape(num_tokens, self.hidden_size)
+        return self._states_BD[: self.header.num_tokens]
+
+    @property
+    def num_bytes(self) -> int:
+        return HEADER.size + self.header.payload_bytes
 
     @property
     def timings(self) -> list[StageTiming]:
-        """What the stages before spent on this frame."""
+        """What the stages before spent on this frame, in ring order."""
         offset = HEADER.size + self.header.num_tokens * self.hidden_size * 4
-        return read_records(self.buffer, offset, self.header.num_records)
+        records = STAGE_RECORD.iter_unpack(self.buffer[offset : self.num_bytes])
+        return [StageTiming(compute_ns * 1e-9, held_ns * 1e-9) for compute_ns, held_ns in records]
 
-    def fill(self, header: FrameHeader, x_BD: FloatArray, timings: list[StageTiming]) -> None:
-        """Makes this a FORWARD frame of `x_BD` with these stage records."""
-        payload_bytes = x_BD.nbytes + len(timings) * STAGE_RECORD.size
-        self.header = header._replace(num_records=len(timings), payload_bytes=payload_bytes)
-        pack_header(self.buffer, self.header)
+    def begin(self, engine: EngineId, x_BD: FloatArray, position: int) -> None:
+        """Makes this the frame of a micro-batch that starts its way round the ring."""
+        self._write_header(FrameHeader(FrameKind.FORWARD, 0, engine, position, len(x_BD), x_BD.nbytes))
         self.hidden_states[...] = x_BD
-        offset = HEADER.size + x_BD.nbytes
-        for timing in timings:
-            offset = append_record(self.buffer, offset, timing)
-        self.num_bytes = offset
 
-    def check(self) -> None:
-        """Raises RemoteProtocolError unless header and payload agree."""
-        expected = self.header.num_tokens * self.hidden_size * 4 + self.header.num_records * STAGE_RECORD.size
-        if self.header.kind is not FrameKind.FORWARD or self.header.num_tokens == 0:
-            raise RemoteProtocolError(f"a {self.header.kind.name} frame of {self.header.num_tokens} tokens in the ring")
-        if self.header.num_records >= STAGES_MAX or expected != self.header.payload_bytes:
-            raise RemoteProtocolError(f"a frame of {self.header.num_tokens} tokens has {self.header.payload_bytes} bytes")
+    def continue_with(self, x_BD: FloatArray, *, compute_ns: int, held_ns: int) -> None:
+        """Replaces the hidden states by a stage's output, and adds what it spent."""
+        kind, num_records, engine, position, num_tokens, payload_bytes = self.header
+        self._states_BD[:num_tokens] = x_BD
+        STAGE_RECORD.pack_into(self.buffer, HEADER.size + payload_bytes, compute_ns, held_ns)
+        payload_bytes += STAGE_RECORD.size
+        self._write_header(FrameHeader(kind, num_records + 1, engine, position, num_tokens, payload_bytes))
+
+    def _write_header(self, header: FrameHeader) -> None:
+        self.header = header
+        pack_header(self.buffer, header)
+
+    def read_header(self, engine: EngineId) -> None:
+        """Takes the header from the buffer. Raises RemoteProtocolError unless it fits this engine and itself."""
+        self.header = header = unpack_header(self.buffer, payload_bytes_max=self.payload_bytes_max)
+        kind, num_records, of_engine, _, num_tokens, payload_bytes = header
+        if of_engine != engine:
+            raise RemoteProtocolError("a frame belongs to another engine")
+        if kind != FrameKind.FORWARD or num_tokens == 0:
+            raise RemoteProtocolError(f"a frame of kind {kind} with {num_tokens} tokens in the ring")
+        if num_records >= STAGES_MAX or num_tokens * self.hidden_size * 4 + num_records * STAGE_RECORD.size != payload_bytes:
+            raise RemoteProtocolError(f"a frame of {num_tokens} tokens has {payload_bytes} bytes")
 
 
 class Inbound:
@@ -94,57 +104,32 @@ class Inbound:
     def __init__(self, sock: socket.socket, engine: EngineId) -> None:
         self._socket = sock
         self._engine = engine
-        self._usual_wait_s = 0.0
         self.bytes_received = 0
 
-    def receive(self, frame: Frame, *, spin_s: float = 0.0) -> None:
+    def receive(self, frame: Frame) -> None:
         """Waits for the next frame and reads it into `frame`.
-
-        Args:
-            spin_s: how long to ask the socket again and again before sleeping: waking up an idle processor takes
-                longer than most hops, but a spinning one is lost to others.
 
         Raises:
             LinkClosed: the peer is gone.
             RemoteProtocolError: the frame is malformed; the link is closed.
         """
-        if spin_s > 0.0:
-            self._wait(spin_s)
+        # No frame is shorter than one token's, so one call reads a decode step whole and never into the next frame.
+        wanted = least = HEADER.size + frame.hidden_size * 4
+        received, is_read = 0, False
+        while received < wanted:
+            count = _receive_some(self._socket, frame.buffer[received:wanted])
+            received += count
+            if not is_read and received >= HEADER.size:
+                self._read_header(frame)
+                is_read, wanted = True, max(least, frame.num_bytes)
+        self.bytes_received += received
+
+    def _read_header(self, frame: Frame) -> None:
         try:
-            _receive_exactly(self._socket, frame.buffer[: HEADER.size])
-            frame.header = unpack_header(frame.buffer, payload_bytes_max=frame.payload_bytes_max)
-            if frame.header.engine != self._engine:
-                raise RemoteProtocolError("a frame belongs to another engine")
-            _receive_exactly(self._socket, frame.buffer[HEADER.size : HEADER.size + frame.header.payload_bytes])
-            frame.check()
+            frame.read_header(self._engine)
         except RemoteProtocolError:
             self.close()
             raise
-        self.bytes_received += HEADER.size + frame.header.payload_bytes
-
-    def _wait(self, spin_s: float) -> None:
-        """Sleeps until shortly before the next frame is due, and then asks again and again.
-
-        Frames of a decoding ring arrive at a steady pace, so the last wait tells the next. Waking up an idle processor
-        takes longer than the rest of a hop; waking up early hides that, for `spin_s` of one core before each frame.
-        """
-        began_s = time.perf_counter()
-        sleep_s = self._usual_wait_s - spin_s
-        if sleep_s > 0.0:
-            select.select((self._socket,), (), (), sleep_s)
-        give_up_s = began_s + max(0.0, sleep_s) + 2.0 * spin_s
-        peek = bytearray(1)
-        while time.perf_counter() < give_up_s:
-            try:
-                self._socket.recv_into(peek, 1, _LOOK)
-                break
-            except BlockingIOError:
-                continue
-            except OSError:
-                return
-        else:
-            select.select((self._socket,), (), ())
-        self._usual_wait_s = time.perf_counter() - began_s
 
     def close(self) -> None:
         _close(self._socket)
@@ -154,43 +139,43 @@ class Outbound:
     """The link on which this stage's frames leave.
 
     Args:
-        frames_max: most frames that may wait for the sender thread; `new_frame` blocks beyond it.
+        frames_max: most frames that may wait for the sender thread; `send` blocks beyond it.
     """
 
     def __init__(self, sock: socket.socket, *, micro_batch: int, hidden_size: int, frames_max: int) -> None:
         self._socket = sock
         self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._num_waiting = 0
-        self._lock = threading.Lock()
-        self._failure: Exception | None = None
+        # Each is written by one thread only: what was handed to the sender thread, and what it has sent.
+        self._num_queued = self._num_dequeued = 0
+        self._failure: LinkClosed | None = None
         self.bytes_sent = 0
         for _ in range(frames_max):
             self._free.put(Frame(micro_batch=micro_batch, hidden_size=hidden_size))
         self._sender = threading.Thread(target=self._send_waiting, name="ring-sender", daemon=True)
         self._sender.start()
 
-    def send(self, header: FrameHeader, x_BD: FloatArray, timings: list[StageTiming]) -> None:
-        """Sends a frame; returns when the bytes were copied, not when they arrived.
+    def free_frame(self) -> Frame:
+        """A frame to fill. Waits for one where all are on their way."""
+        return self._free.get()
+
+    def send(self, frame: Frame) -> Frame:
+        """Sends a frame, which is the link's from now on.
+
+        Returns:
+            A frame for the next time: often the same one.
 
         Raises:
             LinkClosed: the peer is gone.
         """
         if self._failure is not None:
             raise self._failure
-        frame = self._free.get()
-        frame.fill(header, x_BD, timings)
-        with self._lock:
-            inline = self._num_waiting == 0 and frame.num_bytes <= INLINE_BYTES_MAX
-            if not inline:
-                self._num_waiting += 1
-        if not inline:
-            self._waiting.put(frame)
-            return
-        try:
+        if frame.num_bytes <= INLINE_BYTES_MAX and self._num_queued == self._num_dequeued:
             self._send(frame)
-        finally:
-            self._free.put(frame)
+            return frame
+        self._num_queued += 1
+        self._waiting.put(frame)
+        return self._free.get()
 
     def _send(self, frame: Frame) -> None:
         try:
@@ -208,8 +193,7 @@ class Outbound:
                 # Announced by the next `send`; whoever waits on the inbound link learns it there.
                 self._failure = error
             finally:
-                with self._lock:
-                    self._num_waiting -= 1
+                self._num_dequeued += 1
                 self._free.put(frame)
 
     def close(self) -> None:
@@ -255,7 +239,7 @@ class RingListener:
 
     def _greet(self, sock: socket.socket) -> None:
         header, text = _receive_small(sock)
-        if header.kind is not FrameKind.HELLO or header.engine != self._engine:
+        if header.kind != FrameKind.HELLO or header.engine != self._engine:
             raise RemoteProtocolError("the caller does not know this engine")
         if text != self._version:
             _send_small(sock, FrameKind.REFUSED, self._engine, f"runs shoal {self._version}, the caller {text}")
@@ -283,7 +267,7 @@ def dial(host: str, port: int, *, engine: EngineId, version: str) -> socket.sock
     except (OSError, LinkClosed) as error:
         _close(sock)
         raise RemoteProtocolError(f"the worker at {host}:{port} hung up on our greeting: {error}") from error
-    if header.kind is not FrameKind.WELCOME:
+    if header.kind != FrameKind.WELCOME:
         _close(sock)
         raise RemoteProtocolError(f"the worker at {host}:{port} refused: it {text}")
     return _tuned(sock)
@@ -318,24 +302,29 @@ def _tuned(sock: socket.socket) -> socket.socket:
     return sock
 
 
+def _receive_some(sock: socket.socket, target: memoryview) -> int:
+    """Reads at least one byte. Raises LinkClosed at the end, TimeoutError where the socket has a limit."""
+    try:
+        count = sock.recv_into(target)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise LinkClosed(f"the previous device in the ring is gone ({error})") from error
+    if count == 0:
+        raise LinkClosed("the previous device in the ring is gone (connection closed)")
+    return count
+
+
 def _receive_exactly(sock: socket.socket, target: memoryview) -> None:
     received = 0
     while received < len(target):
-        try:
-            count = sock.recv_into(target[received:])
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise LinkClosed(f"the previous device in the ring is gone ({error})") from error
-        if count == 0:
-            raise LinkClosed("the previous device in the ring is gone (connection closed)")
-        received += count
+        received += _receive_some(sock, target[received:])
 
 
 def _send_small(sock: socket.socket, kind: FrameKind, engine: EngineId, text: str) -> None:
     payload = text.encode()[:HELLO_BYTES_MAX]
     message = bytearray(HEADER.size + len(payload))
-    pack_header(memoryview(message), FrameHeader(kind, 0, engine, 0, 0, 0, len(payload)))
+    pack_header(memoryview(message), FrameHeader(kind, 0, engine, 0, 0, len(payload)))
     message[HEADER.size :] = payload
     sock.sendall(message)
 
