@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks.models import smollm2
 from benchmarks.record import finish, is_quick
-from shoal.cli.client import OwnAgent, open_channel
-from shoal.cli.run import Answer, generate
+from shoal.cli.client import OwnAgent
+from shoal.cli.run import Answer, ask
 from shoal.runtime.messages import EngineOptions, Generate, Sampling
 
 TOKENS = 520
@@ -31,8 +31,6 @@ async def decode(num_devices: int, *, threads: int, tokens: int) -> Answer:
             agent = await OwnAgent.start(arguments)
             stack.push_async_callback(agent.stop)
             peers.append(agent.address)
-        channel = await open_channel(peers[-1])
-        stack.push_async_callback(channel.close)
         request = Generate(
             model=str(path),
             prompt="Once upon a time",
@@ -41,7 +39,7 @@ async def decode(num_devices: int, *, threads: int, tokens: int) -> Answer:
             sampling=Sampling(temperature=0.0),
             options=EngineOptions(num_threads=threads),
         )
-        return await generate(channel, request, show=lambda _: None, status=lambda _: None)
+        return await ask(peers[-1], request, show=lambda _: None, status=lambda _: None)
 
 
 def main() -> None:

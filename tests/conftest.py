@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from shoal.lab.random_model import SHAPES, write_random_model
@@ -24,3 +27,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
         return path
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    """Every test ends its processes and threads, and closes its sockets."""
+    before = _held()
+    yield
+    leaked = {kind: count - before[kind] for kind, count in _held().items() if count > before[kind]}
+    assert not leaked, f"the test left behind {leaked}"
+
+
+def _held() -> dict[str, int]:
+    process = psutil.Process(os.getpid())
+    return {
+        "processes": len(process.children(recursive=True)),
+        "threads": sum(thread.name.startswith(("ring-", "agent-")) for thread in threading.enumerate()),
+        "sockets": len(process.net_connections(kind="inet")),
+    }

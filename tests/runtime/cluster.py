@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from shoal.cli.client import OwnAgent, open_channel
-from shoal.cli.run import Answer, generate
+from shoal.cli.run import Answer, ask
 from shoal.runtime.messages import AskStatus, EngineOptions, Generate, Sampling, Status
 
 
@@ -28,11 +28,7 @@ class Cluster:
         return self.agents[0]
 
     async def ask(self, request: Generate, *, on_text: Callable[[str], None] = lambda _: None) -> Answer:
-        channel = await open_channel(self.head.address)
-        try:
-            return await generate(channel, request, show=on_text, status=lambda _: None)
-        finally:
-            await channel.close()
+        return await ask(self.head.address, request, show=on_text, status=lambda _: None)
 
     async def status(self, index: int = 0) -> Status:
         channel = await open_channel(self.agents[index].address)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoal.cli.client import OwnAgent, open_channel
+from shoal.cli.client import OwnAgent
 from shoal.cli.report import breakdown, summary
-from shoal.cli.run import Answer, generate
+from shoal.cli.run import Answer, ask
 from shoal.errors import ModelNotFound
 from shoal.runtime.messages import ChatMessage, EngineOptions, Generate, Sampling
 
@@ -60,8 +60,6 @@ async def _demo(
             peers.append(agent.address)
             console.print(f"[dim]device-{index + 1} is process {agent.pid} at {agent.address}[/]")
         head = peers.pop()
-        channel = await open_channel(head)
-        stack.push_async_callback(channel.close)
         request = Generate(
             model=str(path),
             messages=[ChatMessage("user", prompt)],
@@ -70,8 +68,8 @@ async def _demo(
             options=EngineOptions(num_threads=num_threads),
         )
         console.print(f"[bold]> {prompt}[/]")
-        answer = await generate(
-            channel,
+        answer = await ask(
+            head,
             request,
             show=lambda text: None if as_json else _print(text),
             status=lambda text: console.print(f"[dim]{text}[/]") if text else None,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from shoal.cli.client import agent_address, open_channel
 from shoal.cli.report import breakdown, summary
-from shoal.errors import RequestError
+from shoal.errors import ShoalError
 from shoal.runtime import errors_by_name
 from shoal.runtime.channel import Channel
 from shoal.runtime.messages import (
@@ -73,30 +77,35 @@ def run(model: str, prompt: str | None, settings: Settings) -> None:
         prompt = sys.stdin.read()
         if not prompt.strip():
             raise ValueError("nothing to answer: give a prompt, or text on standard input")
-    asyncio.run(_run(model, prompt, settings))
-
-
-async def _run(model: str, prompt: str | None, settings: Settings) -> None:
     if Path(model).is_file():
         # The agent may have been started elsewhere: a path is meant as seen from here.
         model = str(Path(model).absolute())
-    async with agent_address(settings.agent, settings.own_agent) as address:
-        channel = await open_channel(address)
+    with asyncio.Runner() as runner:
+        agent = agent_address(settings.agent, settings.own_agent)
+        address = runner.run(_enter(agent))
         try:
             if prompt is None:
-                await _chat(channel, model, settings)
+                _chat(runner, address, model, settings)
             else:
-                await _answer_once(channel, model, prompt, settings)
+                runner.run(_answer_once(address, model, prompt, settings))
         finally:
-            await channel.close()
+            runner.run(_leave(agent))
 
 
-async def _answer_once(channel: Channel, model: str, prompt: str, settings: Settings) -> None:
+async def _enter(agent: AbstractAsyncContextManager[str]) -> str:
+    return await agent.__aenter__()
+
+
+async def _leave(agent: AbstractAsyncContextManager[str]) -> None:
+    await agent.__aexit__(None, None, None)
+
+
+async def _answer_once(address: str, model: str, prompt: str, settings: Settings) -> None:
     request = _request(model, [ChatMessage("user", prompt)], settings)
     if settings.raw:
         request = msgspec.structs.replace(request, messages=None, prompt=prompt)
     show = _discard if settings.as_json else _print_text
-    answer = await generate(channel, request, show=show, status=_status_line(settings))
+    answer = await ask(address, request, show=show, status=_status_line(settings))
     if settings.as_json:
         print(json.dumps(summary(answer.engine, answer.finished, answer.text)))  # noqa: T201
         return
@@ -105,36 +114,64 @@ async def _answer_once(channel: Channel, model: str, prompt: str, settings: Sett
         Console(stderr=True).print(breakdown(answer.engine, answer.finished))
 
 
-async def _chat(channel: Channel, model: str, settings: Settings) -> None:
+def _chat(runner: asyncio.Runner, address: str, model: str, settings: Settings) -> None:
+    """Reads lines in the main thread, so that Ctrl-C and Ctrl-D do what they do in any program."""
     console = Console(stderr=True)
     console.print(f"[dim]{_CHAT_HELP}[/]")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # line editing, where the system has it
     history: list[ChatMessage] = []
     while True:
         try:
-            line = await asyncio.to_thread(input, "> ")
-        except EOFError:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
             _print_text("\n")
             return
-        if line.strip() in ("/exit", "/quit"):
+        if line in ("/exit", "/quit"):
             return
-        if line.strip() == "/clear":
+        if line == "/clear":
             history.clear()
-            continue
-        if not line.strip():
-            continue
-        history.append(ChatMessage("user", line))
-        try:
-            answer = await generate(
-                channel, _request(model, history, settings), show=_print_text, status=_status_line(settings)
-            )
-        except RequestError as error:
-            history.pop()
-            console.print(f"[red]{error}[/]")
-            continue
-        history.append(ChatMessage("assistant", answer.text))
+        elif line:
+            history = _turn(runner, address, model, [*history, ChatMessage("user", line)], settings, console)
+
+
+def _turn(
+    runner: asyncio.Runner,
+    address: str,
+    model: str,
+    history: list[ChatMessage],
+    settings: Settings,
+    console: Console,
+) -> list[ChatMessage]:
+    """Answers the last message; returns the history with the answer, or without the question where there is none."""
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        shown.append(text)
+        _print_text(text)
+
+    request = _request(model, history, settings)
+    try:
+        answer = runner.run(ask(address, request, show=show, status=_status_line(settings)))
+    except KeyboardInterrupt:
         _print_text("\n")
-        if settings.verbose:
-            console.print(breakdown(answer.engine, answer.finished))
+        return [*history, ChatMessage("assistant", "".join(shown))] if shown else history[:-1]
+    except ShoalError as error:
+        console.print(f"\n[red]{escape(str(error))}[/]")
+        return history[:-1]
+    _print_text("\n")
+    if settings.verbose:
+        console.print(breakdown(answer.engine, answer.finished))
+    return [*history, ChatMessage("assistant", answer.text)]
+
+
+async def ask(address: str, request: Generate, *, show: Callable[[str], None], status: Callable[[str], None]) -> Answer:
+    """As `generate`, over a connection of its own: whoever cancels this, stops the answer."""
+    channel = await open_channel(address)
+    try:
+        return await generate(channel, request, show=show, status=status)
+    finally:
+        await channel.close()
 
 
 def _request(model: str, messages: list[ChatMessage], settings: Settings) -> Generate:

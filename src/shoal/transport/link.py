@@ -34,6 +34,7 @@ INLINE_BYTES_MAX = 64 * 1024
 """Frames up to this size are sent at once: a socket buffer of the usual 200 kB and more takes them without blocking."""
 HELLO_TIMEOUT_S = 5.0
 DIAL_TIMEOUT_S = 5.0
+_SENDER_END_S = 1.0
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -199,6 +200,8 @@ class Outbound:
     def close(self) -> None:
         _close(self._socket)
         self._waiting.put(None)
+        # It cannot be blocked any more: its socket is closed.
+        self._sender.join(_SENDER_END_S)
 
 
 class RingListener:
