@@ -25,9 +25,10 @@ TinyModel = Callable[[str, str], Path]
 IDS = np.random.default_rng(3).integers(0, 500, 100).tolist()
 
 
-def logits(path: Path, *, micro_batch: int = 512, repack: bool = True, threads: int = 1) -> Any:
+def logits(path: Path, *, micro_batch: int = 512, repack: bool = True, threads: int = 1, is_host: bool = True) -> Any:
     """Logits of every position of IDS, [tokens, vocabulary]."""
     model, backend = Model(path), Backend(num_threads=threads)
+    backend.is_host = is_host
     layers = LayerRange(0, model.shape.num_layers)
     stage = Stage(model, layers, backend, context=256, micro_batch=micro_batch, head=True, repack=repack)
     rows = []
@@ -83,6 +84,12 @@ def test_repacked_weights_give_the_same_answers(tiny_model: TinyModel) -> None:
     path = tiny_model("llama", "Q4_K")
     difference = logits(path, repack=True) - logits(path, repack=False)
     assert np.sqrt(np.mean(difference**2)) < 0.1
+
+
+def test_a_device_with_memory_of_its_own_gives_the_same_bits(tiny_model: TinyModel) -> None:
+    # The CPU, treated as if its memory could not be reached from here: weights, cache, inputs and outputs are copied.
+    path = tiny_model("llama", "Q4_0")
+    assert np.array_equal(logits(path, repack=False, is_host=False), logits(path, repack=False))
 
 
 def test_short_micro_batches_are_bit_equal_to_single_tokens(tiny_model: TinyModel) -> None:
