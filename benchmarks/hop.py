@@ -2,23 +2,37 @@
 
 `hop_us = (time of a token - computing of all stages) / hops`, per decoded token, from one token's choice to the next: so
 sampling, detokenising and telling the client are in it too. The median over at least 500 tokens is quoted.
+
+Beside it stands what the machine itself takes that day: `socket_us_p50`, one way between two bare processes that compute
+half of the model's layers each, exchange the same bytes over blocking sockets, and do nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
+import socket
 import statistics
+import struct
 import sys
+import time
 from typing import Any
+
+import numpy as np
 
 from benchmarks.models import smollm2
 from benchmarks.record import finish, is_quick
 from shoal.cli.client import OwnAgent
 from shoal.cli.run import Answer, ask
+from shoal.compute.backend import Backend
+from shoal.compute.model import Model
+from shoal.compute.stage import Stage
+from shoal.ids import LayerRange
 from shoal.runtime.messages import EngineOptions, Generate, Sampling
 
 TOKENS = 520
+SOCKET_ROUNDS = 200
 
 
 async def decode(num_devices: int, *, threads: int, tokens: int) -> Answer:
@@ -42,6 +56,55 @@ async def decode(num_devices: int, *, threads: int, tokens: int) -> Answer:
         return await ask(peers[-1], request, show=lambda _: None, status=lambda _: None)
 
 
+class _HalfModel:
+    """Half of the layers, on one thread, as a stage of two computes them."""
+
+    def __init__(self) -> None:
+        self._model = Model(smollm2())
+        layers = LayerRange(0, self._model.shape.num_layers // 2)
+        self._stage = Stage(self._model, layers, Backend(num_threads=1), context=1024, micro_batch=1, head=False)
+        self.frame = bytearray(8 + 4 * self._model.shape.hidden_size)
+        self._x_BD = np.zeros((1, self._model.shape.hidden_size), dtype=np.float32)
+
+    def compute(self, position: int) -> float:
+        """Seconds that one token took."""
+        started_s = time.perf_counter()
+        self._stage.forward(self._x_BD, position)
+        return time.perf_counter() - started_s
+
+
+def _echo(port: int) -> None:
+    half = _HalfModel()
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for position in range(SOCKET_ROUNDS):
+            sock.recv_into(half.frame, flags=socket.MSG_WAITALL)
+            struct.pack_into("<d", half.frame, 0, half.compute(position))
+            sock.sendall(half.frame)
+
+
+def bare_socket_us() -> float:
+    """One way between two computing processes, microseconds, median."""
+    half = _HalfModel()
+    one_way_us: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = multiprocessing.get_context("spawn").Process(target=_echo, args=(server.getsockname()[1],), daemon=True)
+        other.start()
+        server.settimeout(30.0)
+        sock, _ = server.accept()
+    with sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for position in range(SOCKET_ROUNDS):
+            half.compute(position)
+            started_s = time.perf_counter()
+            sock.sendall(half.frame)
+            sock.recv_into(half.frame, flags=socket.MSG_WAITALL)
+            their_s: float = struct.unpack_from("<d", half.frame, 0)[0]
+            one_way_us.append((time.perf_counter() - started_s - their_s) / 2 * 1e6)
+    other.join()
+    return statistics.median(one_way_us)
+
+
 def main() -> None:
     details: dict[str, Any] = {}
     for num_devices in (3,) if is_quick() else (2, 3, 4):
@@ -55,7 +118,11 @@ def main() -> None:
             "compute_ms": [round(stage.compute_s * 1e3, 3) for stage in answer.finished.stages],
         }
         print(f"{num_devices} devices: {found}", file=sys.stderr)
-    figures = {"hop_us_p50": max(found["p50"] for found in details.values()), "devices": details}
+    figures = {
+        "hop_us_p50": max(found["p50"] for found in details.values()),
+        "socket_us_p50": round(bare_socket_us(), 1),
+        "devices": details,
+    }
     finish("hop", figures, {"model": "smollm2", "threads": 1, "tokens": TOKENS})
 
 
