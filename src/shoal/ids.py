@@ -9,6 +9,12 @@ import msgspec
 DeviceId = NewType("DeviceId", str)
 """Who a device is: stable over restarts of its agent."""
 
+NodeId = NewType("NodeId", str)
+"""A member of a cluster: a hash of its public key, so nobody can claim another's. See `membership/`."""
+
+GroupId = NewType("GroupId", str)
+"""The name of a group of members that act as one, such as a training run."""
+
 ModelHash = NewType("ModelHash", str)
 """SHA-256 of a model file, 64 lower-case hexadecimal digits."""
 

@@ -1,0 +1,1 @@
+"""Who may be here, who is here, and how a group of members agrees."""

@@ -1,0 +1,150 @@
+"""What one voter of a group remembers, and what that allows it to promise: the part that must survive a restart.
+
+A voter votes once per term, acknowledges at most one record per term, and neither below the highest term it has
+promised. It says so only after the file with it is on disk. A restarted device votes for its former self only if its
+file is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import msgspec
+
+from shoal.ids import GroupId, NodeId
+from shoal.membership.messages import Member, Record
+
+
+class GroupFile(msgspec.Struct, frozen=True, array_like=True):
+    """What a voter must not forget."""
+
+    committed: Record
+    promised: int
+    voted_for: NodeId | None
+    accepted_term: int
+    accepted: Record | None
+    voter_incarnation: int
+    wants: Member | None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_file_decoder = msgspec.msgpack.Decoder(GroupFile)
+
+
+def record_hash(record: Record) -> str:
+    """Names a record by its contents, 16 hexadecimal digits."""
+    return hashlib.blake2b(_encoder.encode(record), digest_size=8).hexdigest()
+
+
+def is_quorum(record: Record, voters: Iterable[NodeId]) -> bool:
+    """Whether `voters` (each once) may decide the child of `record`: more than half, or exactly half with the first.
+
+    Source: Jajodia and Mutchler, dynamic-linear voting (1990).
+    """
+    chosen = record.voters
+    agreed = set(voters)
+    count = sum(voter in agreed for voter in chosen)
+    return 2 * count > len(chosen) or (2 * count == len(chosen) and count > 0 and chosen[0] in agreed)
+
+
+def generation_of(number: int, owner: NodeId, incarnation: int) -> int:
+    """Generations are counted; of two made at once by owners who did not know of each other, one must outrank the other.
+
+    The incarnation is in it, since a device that lost its disk does not know that it made one before.
+    """
+    seal = hashlib.blake2b(f"{owner}/{incarnation}".encode(), digest_size=4).digest()
+    return number << 32 | int.from_bytes(seal)
+
+
+class Ballot:
+    """A voter's memory. `committed` is the last record known to be agreed on, `accepted` the last one acknowledged."""
+
+    def __init__(self, group: GroupId, me: NodeId, incarnation: int) -> None:
+        self.me = me
+        self.incarnation = incarnation
+        self.committed = Record(group, 0, 0, "", 0, me, (), (), 0)
+        self.promised = 0
+        """The highest term this voter has given its word in: it refuses what comes from a lower one."""
+        self.voted_for: NodeId | None = None
+        """Whom it voted for, or followed, in that term; None: nobody yet."""
+        self.accepted_term = 0
+        self.accepted: Record | None = None
+        self.voter_incarnation = incarnation
+        """As whom this device may vote."""
+        self._members: dict[NodeId, Member] = {}
+
+    def restore(self, data: bytes) -> Member | None:
+        """Reads the file of a former life; returns what that wanted to be in the group."""
+        file = _file_decoder.decode(data)
+        self.promised, self.voted_for = file.promised, file.voted_for
+        self.accepted_term, self.accepted, self.voter_incarnation = file.accepted_term, file.accepted, file.voter_incarnation
+        self._set_committed(file.committed)
+        return file.wants
+
+    def file(self, wants: Member | None) -> bytes:
+        """What goes on disk."""
+        file = GroupFile(
+            self.committed,
+            self.promised,
+            self.voted_for,
+            self.accepted_term,
+            self.accepted,
+            self.voter_incarnation,
+            wants,
+        )
+        return _encoder.encode(file)
+
+    def member(self, node: NodeId) -> Member | None:
+        """Its entry in the committed record."""
+        return self._members.get(node)
+
+    def own_member(self) -> Member | None:
+        """This incarnation's entry in the committed record."""
+        member = self._members.get(self.me)
+        return member if member is not None and member.incarnation == self.incarnation else None
+
+    def can_vote(self) -> bool:
+        """Whether this device is a voter of the present epoch, by its file or by being listed as it is now."""
+        member = self._members.get(self.me)
+        return member is not None and member.incarnation == self.voter_incarnation and self.me in self.committed.voters
+
+    def promise(self, term: int, candidate: NodeId | None) -> None:
+        """Gives the word. The caller has seen to it that `term` is not below `promised`, and writes before it speaks."""
+        self.promised, self.voted_for = term, candidate
+
+    def accept(self, term: int, record: Record, leader: NodeId) -> None:
+        """Takes `record` for the child of the present epoch, in `term`. The caller writes before it acknowledges."""
+        if term > self.promised:
+            self.promise(term, leader)
+        self.accepted_term, self.accepted = term, record
+
+    def is_child(self, record: Record) -> bool:
+        """Whether `record` would follow the committed one."""
+        return (record.generation, record.epoch) == (self.committed.generation, self.committed.epoch + 1)
+
+    def unfinished(self) -> Record | None:
+        """An acknowledged child of the present epoch: perhaps others committed it already."""
+        return self.accepted if self.accepted is not None and self.is_child(self.accepted) else None
+
+    def adopt(self, record: Record, term: int) -> None:
+        """`record` is agreed on, as is known from somebody in `term`. It settles what was acknowledged for its epoch.
+
+        Its leader goes on in the new epoch without asking for votes again, so knowing the record is a vote for it: otherwise
+        voters that had no say before could make another leader of the same term.
+        """
+        if record.term > self.promised:
+            self.promise(record.term, record.leader)
+        if term > self.promised:
+            self.promise(term, None)
+        accepted = self.accepted
+        is_ahead = accepted is not None and accepted.generation == record.generation and accepted.epoch > record.epoch
+        if not is_ahead:
+            self.accepted_term, self.accepted = 0, None
+        self._set_committed(record)
+        if self.own_member() is not None:
+            self.voter_incarnation = self.incarnation
+
+    def _set_committed(self, record: Record) -> None:
+        self.committed = record
+        self._members = {member.node: member for member in record.members}
