@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shoal.cli.demo import demo_model
-from shoal.lab.random_model import SHAPES, write_random_model
+from shoal.lab.random_model import write_random_model
+from shoal.lab.shapes import SHAPES
 
 CACHE = Path(__file__).parent.parent / ".cache" / "models"
 

@@ -103,7 +103,7 @@ def _measure(side: Any, decode_tokens: int, *, whole: bool) -> dict[str, float]:
 def main() -> None:
     cores = psutil.cpu_count(logical=False) or 1
     quick = is_quick()
-    models = {"smollm2": smollm2(), "1b-Q4_K": random_model("1b", "Q4_K")}
+    models = {"smollm2": smollm2(), "1b-Q4_K": random_model("llama-3.2-1b", "Q4_K")}
     counts = [cores] if quick else sorted({1, cores})
     details: dict[str, Any] = {}
     for name, path in models.items():

@@ -11,7 +11,10 @@ import msgspec
 import psutil
 import pytest
 
-from shoal.lab.random_model import SHAPES, write_random_model
+from shoal.lab.random_model import write_random_model
+from shoal.lab.shapes import SHAPES
+
+pytest_plugins = ["tests.lab.fixture"]
 
 
 @pytest.fixture(scope="session")

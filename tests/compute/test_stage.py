@@ -17,7 +17,9 @@ from shoal.compute.stage import CELLS_STEP, Stage
 from shoal.errors import BadModelFile, ContextExceeded, UnsupportedModel
 from shoal.ids import LayerRange
 from shoal.lab.gguf_writer import TensorData, write_gguf
-from shoal.lab.random_model import SHAPES, WEIGHT_TYPES, write_random_model
+from shoal.lab.quantisation import WEIGHT_TYPES
+from shoal.lab.random_model import write_random_model
+from shoal.lab.shapes import SHAPES
 from tests.compute.reference import reference_logits
 from tests.oracle.llamacpp import Llama
 

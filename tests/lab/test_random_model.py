@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import gguf
@@ -11,16 +10,10 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from shoal.lab.random_model import (
-    SHAPES,
-    WEIGHT_TYPES,
-    ModelShape,
-    main,
-    plan_tensors,
-    quantise,
-    rope_frequency_factors,
-    write_random_model,
-)
+from shoal.lab.quantisation import WEIGHT_TYPES, dequantise, quantise
+from shoal.lab.random_blocks import draw_blocks
+from shoal.lab.random_model import count_parameters, plan_tensors, rope_frequency_factors, write_random_model
+from shoal.lab.shapes import SHAPES, ModelShape
 from tests.compute.reference import reference_logits
 from tests.oracle.llamacpp import Llama
 
@@ -108,25 +101,86 @@ def test_rows_that_blocks_do_not_divide_are_kept_wider(tmp_path: Path) -> None:
     shape = msgspec.structs.replace(TINY, hidden_size=96, num_heads=3, num_kv_heads=1, head_size=32, feed_forward_size=80)
     write_random_model(tmp_path / "odd.gguf", shape, quantisation="Q4_K")
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "odd.gguf").tensors}
-    assert types["blk.0.attn_q.weight"] == "Q8_0"
+    assert types["blk.0.attn_q.weight"] == "Q5_0"
     assert types["blk.0.ffn_down.weight"] == "F16"
 
 
-def test_mixed_files_have_better_values_in_some_layers() -> None:
-    plans = plan_tensors(SHAPES["1b"], quantisation="Q4_K", output_quantisation="Q6_K", mixed=True)
-    better = [plan.name for plan in plans if plan.type_name == "Q6_K" and "attn_v" in plan.name]
-    assert better == [f"blk.{layer}.attn_v.weight" for layer in (0, 1, 4, 7, 10, 13, 14, 15)]
+def types_of(name: str, quantisation: str, **changes: int) -> dict[str, str]:
+    shape = msgspec.structs.replace(SHAPES[name], **changes)
+    plans = plan_tensors(shape, quantisation=quantisation)
+    return {plan.name.removesuffix(".weight"): plan.type_name for plan in plans if plan.kind == "matrix"}
+
+
+def test_medium_mixes_favour_some_layers() -> None:
+    types = types_of("llama-3.2-1b", "Q4_K_M")
+    better = [0, 1, 4, 7, 10, 13, 14, 15]
+    assert [layer for layer in range(16) if types[f"blk.{layer}.attn_v"] == "Q6_K"] == better
+    assert [layer for layer in range(16) if types[f"blk.{layer}.ffn_down"] == "Q6_K"] == better
+    assert types["blk.0.attn_q"] == types["blk.0.ffn_up"] == types["blk.2.attn_v"] == "Q4_K"
+    assert types["token_embd"] == "Q6_K"
+
+
+def test_the_other_mixes() -> None:
+    small = types_of("llama-3-8b", "Q4_K_S")
+    assert [layer for layer in range(32) if small[f"blk.{layer}.attn_v"] == "Q5_K"] == [0, 1, 2, 3]
+    assert [layer for layer in range(32) if small[f"blk.{layer}.ffn_down"] == "Q5_K"] == [0, 1, 2, 3]
+    assert (small["token_embd"], small["output"]) == ("Q4_K", "Q6_K")
+    large = types_of("llama-3-8b", "Q3_K_L")
+    assert {large[f"blk.9.{role}"] for role in ("attn_v", "attn_output", "ffn_down")} == {"Q5_K"}
+    two_bits = types_of("llama-3-8b", "Q2_K")
+    assert [two_bits[f"blk.9.{role}"] for role in ("attn_v", "attn_output", "ffn_down", "ffn_up")] == [
+        "Q4_K",
+        "Q3_K",
+        "Q3_K",
+        "Q2_K",
+    ]
+    assert set(types_of("llama-3-8b", "Q5_K_S").values()) == {"Q5_K", "Q6_K"}
+
+
+def test_a_70b_model_keeps_better_values_when_layers_are_left_out() -> None:
+    for types in (types_of("llama-3-70b", "Q4_K_M"), types_of("llama-3-70b", "Q4_K_M", num_layers=8)):
+        assert {types[name] for name in types if "attn_v" in name} == {"Q5_K", "Q6_K"}
+
+
+def test_rows_that_no_large_block_divides_have_types_of_small_blocks() -> None:
+    types = types_of("smollm2-135m", "Q4_K_M")  # rows of 576
+    assert (types["blk.1.attn_q"], types["blk.0.attn_v"], types["blk.0.ffn_down"]) == ("Q5_0", "Q8_0", "Q6_K")
+    assert types["token_embd"] == "Q8_0"
+
+
+PUBLISHED_PARAMETERS = {
+    "llama-3-8b": 8.03, "llama-3-70b": 70.6, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.62,
+    "qwen2.5-14b": 14.8, "qwen2.5-32b": 32.8, "qwen2.5-72b": 72.7, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.8, "qwen3-32b": 32.8, "smollm2-135m": 0.1345,
+    "smollm2-360m": 0.362, "smollm2-1.7b": 1.71,
+}  # fmt: skip
+"""Billions, as the models' public pages have them."""
 
 
 def test_named_shapes_have_their_sizes() -> None:
-    sizes = {name: shape.num_parameters / 1e9 for name, shape in SHAPES.items()}
-    assert sizes["1b"] == pytest.approx(1.24, abs=0.01)
-    assert sizes["8b"] == pytest.approx(8.03, abs=0.01)
-    assert sizes["70b"] == pytest.approx(70.6, abs=0.1)
+    assert PUBLISHED_PARAMETERS.keys() | {"tiny"} == SHAPES.keys()
+    for name, billions in PUBLISHED_PARAMETERS.items():
+        assert count_parameters(SHAPES[name]) / 1e9 == pytest.approx(billions, rel=0.005), name
+
+
+QUANTISED_BY_GGML = ("TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
+
+
+@pytest.mark.parametrize("type_name", sorted(WEIGHT_TYPES))
+def test_random_weights_have_no_bias_and_the_deviation_asked_for(type_name: str) -> None:
+    drawn = draw_blocks(type_name, 1 << 14, 0.02, np.random.default_rng(3))
+    if type_name in ("F32", "F16", "BF16"):
+        values = dequantize(drawn, gguf.GGMLQuantizationType[type_name])
+    else:
+        values = dequantise(drawn, type_name)
+    assert np.isfinite(values).all()
+    assert values.std() == pytest.approx(0.02, rel=0.3 if type_name in QUANTISED_BY_GGML else 0.1)
+    assert abs(values.mean()) < 0.02 * 0.1
 
 
 def test_frequency_factors_keep_short_waves() -> None:
-    factors = rope_frequency_factors(SHAPES["8b"])
+    factors = rope_frequency_factors(SHAPES["llama-3.1-8b"])
     assert factors[0] == 1.0
     assert factors[-1] == pytest.approx(8.0)
     assert (np.diff(factors) >= 0).all()
@@ -153,11 +207,3 @@ def test_a_small_vocabulary_and_unknown_types_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="Q9_Z"):
         write_random_model(tmp_path / "a.gguf", TINY, quantisation="Q9_Z")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_command_prints_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "tiny.gguf"
-    main(["tiny", str(path), "--quantisation", "Q8_0", "--architecture", "qwen3"])
-    assert f"{path.stat().st_size:,} bytes" in capsys.readouterr().out
-    elements = sum(math.prod(tensor.shape.tolist()) for tensor in gguf.GGUFReader(path).tensors)
-    assert elements == msgspec.structs.replace(TINY, architecture="qwen3").num_parameters

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.lab.random_model import SHAPES, write_random_model
+from shoal.lab.random_model import write_random_model
+from shoal.lab.shapes import SHAPES
 from tests.oracle.llamacpp import Llama, LlamaError
 
 pytestmark = pytest.mark.slow  # a process that loads llama.cpp: 0.3 s

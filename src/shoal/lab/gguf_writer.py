@@ -5,14 +5,20 @@ Source: the GGUF specification, version 3: magic, counts, metadata, tensor descr
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from shoal.errors import CannotWrite
+from shoal.units import format_bytes
 
 ALIGNMENT = 32
 
@@ -34,37 +40,93 @@ class TensorData(NamedTuple):
     chunks: Iterable[Chunk]
 
 
-def write_gguf(path: str | Path, metadata: Mapping[str, Any], tensors: Sequence[TensorData]) -> int:
-    """Writes a model file; it appears at `path` only once it is complete. Returns its size in bytes."""
+def write_gguf(
+    path: str | Path,
+    metadata: Mapping[str, Any],
+    tensors: Sequence[TensorData],
+    *,
+    durable: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Writes a model file; it appears at `path` only once it is complete. Returns its size in bytes.
+
+    A thread writes one chunk while the next one is made, so a chunk must stay as it is until the next but one is asked for.
+
+    Args:
+        durable: return only once everything is on the disk.
+        on_progress: takes the bytes written so far, and those of the whole file.
+
+    Raises:
+        CannotWrite: the disk has no room for it, or the folder takes no file.
+    """
     path = Path(path)
+    header = _header(metadata, tensors)
+    size_bytes = len(header) + sum(_aligned(tensor.num_bytes) for tensor in tensors)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
+        _check_room(path, size_bytes)
         with partial.open("wb") as output:
-            _write(output, metadata, tensors)
-            size_bytes = output.tell()
+            written = _write(output, header, tensors, lambda done: on_progress and on_progress(done, size_bytes))
+            assert written == size_bytes, f"{path}: {written} bytes instead of {size_bytes}"
+            if durable:
+                output.flush()
+                os.fsync(output.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return size_bytes
 
 
-def _write(output: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[TensorData]) -> None:
-    output.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        output.write(_encode_text(key) + _encode_value(value))
+def _check_room(path: Path, size_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(path.parent).free
+    if size_bytes > free_bytes:
+        raise CannotWrite(
+            f"{path} takes {format_bytes(size_bytes)}, and its disk has {format_bytes(free_bytes)} free: "
+            f"free {format_bytes(size_bytes - free_bytes)} more, name another disk, or make the model smaller"
+        )
+
+
+def _header(metadata: Mapping[str, Any], tensors: Sequence[TensorData]) -> bytes:
+    parts = [b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    parts += [_encode_text(key) + _encode_value(value) for key, value in metadata.items()]
     offset = 0
     for tensor in tensors:
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-        output.write(_encode_text(tensor.name) + dims + struct.pack("<IQ", tensor.ggml_type, offset))
+        parts.append(_encode_text(tensor.name) + dims + struct.pack("<IQ", tensor.ggml_type, offset))
         offset += _aligned(tensor.num_bytes)
-    output.write(bytes(_aligned(output.tell()) - output.tell()))
-    for tensor in tensors:
-        start = output.tell()
-        for chunk in tensor.chunks:
-            output.write(np.ascontiguousarray(chunk).data)
-        written = output.tell() - start
-        assert written == tensor.num_bytes, f"{tensor.name}: {written} bytes instead of {tensor.num_bytes}"
-        output.write(bytes(_aligned(output.tell()) - output.tell()))
+    header = b"".join(parts)
+    return header.ljust(_aligned(len(header)), b"\0")
+
+
+def _write(output: BinaryIO, header: bytes, tensors: Sequence[TensorData], on_progress: Callable[[int], object]) -> int:
+    position = output.write(header)
+    with ThreadPoolExecutor(1, thread_name_prefix="gguf-writer") as writer:
+        pending: Future[int] | None = None
+        for tensor in tensors:
+            end = position + tensor.num_bytes
+            for data in _padded(tensor):
+                if pending is not None:
+                    pending.result()
+                    on_progress(position)
+                position += len(data)
+                pending = writer.submit(output.write, data)
+            assert position == _aligned(end), f"{tensor.name}: {position - end} bytes more than {tensor.num_bytes}"
+        if pending is not None:
+            pending.result()
+    on_progress(position)
+    return position
+
+
+def _padded(tensor: TensorData) -> Iterator[memoryview]:
+    """The bytes of a tensor and what aligns the next one."""
+    for chunk in tensor.chunks:
+        yield np.ascontiguousarray(chunk).data.cast("B")
+    padding = _aligned(tensor.num_bytes) - tensor.num_bytes
+    if padding:
+        yield memoryview(bytes(padding))
 
 
 def _aligned(position: int) -> int:

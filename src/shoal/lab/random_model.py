@@ -3,168 +3,35 @@
 A file has the keys and tensors that llama.cpp's converters write for the same architecture, and a made-up but complete
 vocabulary, so that llama.cpp and we both load and run it. Its text is nonsense; its speed, its size and its arithmetic
 are those of a real model.
-
-Quantising is slow and random numbers are cheap: for each type and row length a pool of quantised pieces of rows is made
-once, and every row is put together from pieces drawn by the seed. A row of several pieces is as good as new, and a
-tensor no larger than the pool repeats no piece, so that hardly ever do two tokens share their logits.
 """
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from shoal.lab.gguf_writer import TensorData, write_gguf
+from shoal.lab.quantisation import (
+    WEIGHT_TYPES,
+    Role,
+    embedding_type,
+    find_quantisation,
+    layer_type,
+    output_type,
+    row_bytes,
+)
+from shoal.lab.random_blocks import ALL_POOLS_BYTES, POOL_BYTES, Pool
+from shoal.lab.shapes import ModelShape
+from shoal.lab.vocabulary import NUM_CONTROL_TOKENS, make_vocabulary
 
-PIECE_ELEMENTS = 256
-"""The longest piece of a row: the largest block of any type."""
-
-POOL_ELEMENTS = 1 << 20
-"""0.1 s of quantising for K-quants."""
-
-POOL_ELEMENTS_SLOW = 1 << 16
-"""The types that search a codebook (IQ1, IQ2, IQ3) take some ten times longer per element, or more."""
-
-CHUNK_BYTES = 16 << 20
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder-only transformer.
-
-    `rope_scaling` "linear" and "yarn" are written as keys with `rope_factor`; "llama3" is written as the tensor of
-    frequency factors `rope_freqs.weight`. `context_original` is the context before scaling, 0 for `context_length`.
-    """
-
-    architecture: Literal["llama", "qwen2", "qwen3"] = "llama"
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    feed_forward_size: int
-    vocab_size: int
-    context_length: int = 131072
-    context_original: int = 0
-    tied_embeddings: bool = False
-    rope_base: float = 500_000.0
-    rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
-    rope_factor: float = 1.0
-    norm_epsilon: float = 1e-5
-
-    def __post_init__(self) -> None:
-        sizes = (self.num_layers, self.hidden_size, self.num_heads, self.num_kv_heads, self.feed_forward_size)
-        if min(sizes) < 1 or self.num_heads % self.num_kv_heads or self.head_size < 2 or self.head_size % 2:
-            raise ValueError(f"no transformer has this shape: {self}")
-        if self.architecture != "llama" and self.rope_scaling == "llama3":
-            raise ValueError(f"{self.architecture} has no rope frequency factors: 'llama3' scaling is llama's alone")
-        if self.architecture == "qwen2" and self.num_heads * self.head_size != self.hidden_size:
-            raise ValueError("qwen2 derives its head size: num_heads * head_size must be hidden_size")
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(math.prod(plan.shape) for plan in plan_tensors(self, quantisation="F32", output_quantisation="F32"))
-
-
-SHAPES = {
-    "tiny": ModelShape(
-        num_layers=3,
-        hidden_size=256,  # the block of K-quants
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=64,
-        feed_forward_size=512,
-        vocab_size=512,
-        context_length=2048,
-        rope_base=10_000.0,
-    ),
-    "1b": ModelShape(  # Llama 3.2 1B
-        num_layers=16,
-        hidden_size=2048,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=64,
-        feed_forward_size=8192,
-        vocab_size=128256,
-        context_original=8192,
-        tied_embeddings=True,
-        rope_scaling="llama3",
-        rope_factor=32.0,
-    ),
-    "8b": ModelShape(  # Llama 3.1 8B
-        num_layers=32,
-        hidden_size=4096,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=128,
-        feed_forward_size=14336,
-        vocab_size=128256,
-        context_original=8192,
-        rope_scaling="llama3",
-        rope_factor=8.0,
-    ),
-    "70b": ModelShape(  # Llama 3.1 70B
-        num_layers=80,
-        hidden_size=8192,
-        num_heads=64,
-        num_kv_heads=8,
-        head_size=128,
-        feed_forward_size=28672,
-        vocab_size=128256,
-        context_original=8192,
-        rope_scaling="llama3",
-        rope_factor=8.0,
-    ),
-}
-
-
-class WeightType(NamedTuple):
-    """A type that weights may have: ggml's id, llama.cpp's number for a file mostly of that type."""
-
-    ggml_type: int
-    file_type: int
-
-
-WEIGHT_TYPES = {
-    "F32": WeightType(0, 0),
-    "F16": WeightType(1, 1),
-    "Q4_0": WeightType(2, 2),
-    "Q4_1": WeightType(3, 3),
-    "Q5_0": WeightType(6, 8),
-    "Q5_1": WeightType(7, 9),
-    "Q8_0": WeightType(8, 7),
-    "Q2_K": WeightType(10, 10),
-    "Q3_K": WeightType(11, 11),
-    "Q4_K": WeightType(12, 14),
-    "Q5_K": WeightType(13, 16),
-    "Q6_K": WeightType(14, 18),
-    "IQ2_XXS": WeightType(16, 19),
-    "IQ2_XS": WeightType(17, 20),
-    "IQ3_XXS": WeightType(18, 23),
-    "IQ1_S": WeightType(19, 24),
-    "IQ4_NL": WeightType(20, 25),
-    "IQ3_S": WeightType(21, 26),
-    "IQ2_S": WeightType(22, 28),
-    "IQ4_XS": WeightType(23, 30),
-    "IQ1_M": WeightType(29, 31),
-    "BF16": WeightType(30, 32),
-    "TQ1_0": WeightType(34, 36),
-    "TQ2_0": WeightType(35, 37),
-    "MXFP4": WeightType(39, 38),
-    "NVFP4": WeightType(40, 39),
-    "Q1_0": WeightType(41, 40),
-}
-FILE_TYPES_MIXED = {"Q3_K": 12, "Q4_K": 15, "Q5_K": 17}  # what is called Q4_K_M, and so on
+ATTENTION_GAIN = 0.25
+"""Of the norm before attention. Random attention averages over all that was said: at 1, what tells one token from another
+is lost within a few dozen layers, and the likeliest continuation repeats one token for ever."""
 
 
 class TensorPlan(NamedTuple):
@@ -173,7 +40,7 @@ class TensorPlan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type_name: str
-    kind: Literal["matrix", "norm", "bias", "rope_factors"]
+    kind: Literal["matrix", "norm", "attention_norm", "bias", "rope_factors"]
 
 
 def write_random_model(
@@ -182,43 +49,46 @@ def write_random_model(
     *,
     quantisation: str = "Q4_K",
     output_quantisation: str | None = None,
-    mixed: bool = False,
     tokenizer: Literal["bpe", "spm"] = "bpe",
     seed: int = 0,
+    durable: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes a model file; it appears at `path` only once it is complete. Returns its size in bytes.
 
-    Memory stays below some 100 MB however large the file.
+    Memory stays below some 200 MB however large the file.
 
     Args:
-        quantisation: of the matrices, a name in `WEIGHT_TYPES`. Rows that its blocks do not divide are Q8_0 or F16.
-        output_quantisation: of the output matrix (with tied embeddings, of the token embeddings); by default Q6_K, and
-            `quantisation` itself if that is Q8_0 or a float, as llama.cpp's own quantiser chooses.
-        mixed: more bits for some matrices, as in the types called Q4_K_M: Q6_K for attn_v and ffn_down in the first and
-            last eighth of the layers and in every third between.
+        quantisation: a name in `QUANTISATIONS`, and what llama.cpp's quantiser makes of it.
+        output_quantisation: of the output matrix (with tied embeddings, of the token embeddings), a name in
+            `WEIGHT_TYPES`; by default what llama.cpp's quantiser chooses.
         tokenizer: byte-level BPE as of Llama 3 and Qwen, or SentencePiece as of Llama 2.
-        seed: the same seed and arguments give the same bytes, for one version of ggml.
+        seed: the same seed and arguments give the same bytes, for one version of ggml and of NumPy.
+        durable: return only once everything is on the disk.
+        on_progress: takes the bytes written so far, and those of the whole file.
 
     Raises:
         ValueError: an unknown type, or a vocabulary too small for the tokenizer.
+        CannotWrite: no room, or no such folder.
     """
-    for name in (quantisation, output_quantisation or quantisation):
-        if name not in WEIGHT_TYPES:
-            raise ValueError(f"no weights have the type '{name}': {', '.join(WEIGHT_TYPES)} exist")
-    if output_quantisation is None:
-        output_quantisation = quantisation if quantisation in ("F32", "F16", "BF16", "Q8_0") else "Q6_K"
-    plans = plan_tensors(shape, quantisation=quantisation, output_quantisation=output_quantisation, mixed=mixed)
-    metadata = describe(shape, quantisation=quantisation, mixed=mixed) | make_vocabulary(shape, tokenizer)
-    return write_gguf(path, metadata, _tensors(plans, shape=shape, seed=seed))
+    plans = plan_tensors(shape, quantisation=quantisation, output_quantisation=output_quantisation)
+    metadata = describe(shape, quantisation=quantisation) | make_vocabulary(shape, tokenizer)
+    tensors = _tensors(plans, shape=shape, seed=seed)
+    return write_gguf(path, metadata, tensors, durable=durable, on_progress=on_progress)
+
+
+def count_parameters(shape: ModelShape) -> int:
+    """Of all tensors; tied embeddings count once, rope factors not."""
+    plans = plan_tensors(shape, quantisation="F32")
+    return sum(math.prod(plan.shape) for plan in plans if plan.kind != "rope_factors")
 
 
 # The shape as keys and tensors
 
 
-def describe(shape: ModelShape, *, quantisation: str, mixed: bool) -> dict[str, Any]:
+def describe(shape: ModelShape, *, quantisation: str) -> dict[str, Any]:
     """The metadata of the network, under the keys of llama.cpp's converters."""
     key = shape.architecture
-    file_type = WEIGHT_TYPES[quantisation].file_type
     metadata: dict[str, Any] = {
         "general.architecture": key,
         "general.type": "model",
@@ -243,131 +113,63 @@ def describe(shape: ModelShape, *, quantisation: str, mixed: bool) -> dict[str, 
             f"{key}.rope.scaling.original_context_length": shape.context_original or shape.context_length,
         }
     return metadata | {
-        "general.file_type": FILE_TYPES_MIXED.get(quantisation, file_type) if mixed else file_type,
+        "general.file_type": find_quantisation(quantisation).file_type,
         "general.quantization_version": 2,
     }
 
 
-def plan_tensors(shape: ModelShape, *, quantisation: str, output_quantisation: str, mixed: bool = False) -> list[TensorPlan]:
-    """Every tensor of the file, in the order of the file."""
-    embedding_type = output_quantisation if shape.tied_embeddings else quantisation
-    plans = [_matrix("token_embd.weight", shape.hidden_size, shape.vocab_size, embedding_type)]
+def plan_tensors(shape: ModelShape, *, quantisation: str, output_quantisation: str | None = None) -> list[TensorPlan]:
+    """Every tensor of the file, in the order of the file.
+
+    Raises:
+        ValueError: no such type.
+    """
+    find_quantisation(quantisation)
+    if output_quantisation is not None and output_quantisation not in WEIGHT_TYPES:
+        raise ValueError(f"no weights have the type '{output_quantisation}': {', '.join(WEIGHT_TYPES)} exist")
+    hidden = shape.hidden_size
+    output = output_quantisation or output_type(quantisation, shape)
+    embedding = output if shape.tied_embeddings else embedding_type(quantisation, shape)
+    plans = [TensorPlan("token_embd.weight", (hidden, shape.vocab_size), embedding, "matrix")]
     if shape.rope_scaling == "llama3":
         plans.append(TensorPlan("rope_freqs.weight", (shape.head_size // 2,), "F32", "rope_factors"))
     for layer in range(shape.num_layers):
-        better = mixed and _deserves_more_bits(layer, shape.num_layers)
-        plans += _plan_layer(shape, f"blk.{layer}.", quantisation, "Q6_K" if better else quantisation)
-    plans.append(TensorPlan("output_norm.weight", (shape.hidden_size,), "F32", "norm"))
+        plans += _plan_layer(shape, layer, quantisation)
+    plans.append(TensorPlan("output_norm.weight", (hidden,), "F32", "norm"))
     if not shape.tied_embeddings:
-        plans.append(_matrix("output.weight", shape.hidden_size, shape.vocab_size, output_quantisation))
+        plans.append(TensorPlan("output.weight", (hidden, shape.vocab_size), output, "matrix"))
     return plans
 
 
-def _plan_layer(shape: ModelShape, prefix: str, quantisation: str, quantisation_better: str) -> Iterator[TensorPlan]:
-    hidden, query_width, kv_width = shape.hidden_size, shape.num_heads * shape.head_size, _kv_width(shape)
-    yield TensorPlan(f"{prefix}attn_norm.weight", (hidden,), "F32", "norm")
-    yield _matrix(f"{prefix}attn_q.weight", hidden, query_width, quantisation)
-    yield _matrix(f"{prefix}attn_k.weight", hidden, kv_width, quantisation)
-    yield _matrix(f"{prefix}attn_v.weight", hidden, kv_width, quantisation_better)
-    yield _matrix(f"{prefix}attn_output.weight", query_width, hidden, quantisation)
+def _plan_layer(shape: ModelShape, layer: int, quantisation: str) -> Iterator[TensorPlan]:
+    hidden, query_width, kv_width = shape.hidden_size, shape.num_heads * shape.head_size, shape.kv_width
+
+    def matrix(role: Role, row_length: int, num_rows: int) -> TensorPlan:
+        type_name = layer_type(quantisation, role, layer, shape)
+        return TensorPlan(f"blk.{layer}.{role}.weight", (row_length, num_rows), type_name, "matrix")
+
+    def vector(name: str, length: int, kind: Literal["norm", "attention_norm", "bias"]) -> TensorPlan:
+        return TensorPlan(f"blk.{layer}.{name}", (length,), "F32", kind)
+
+    yield vector("attn_norm.weight", hidden, "attention_norm")
+    yield matrix("attn_q", hidden, query_width)
+    yield matrix("attn_k", hidden, kv_width)
+    yield matrix("attn_v", hidden, kv_width)
+    yield matrix("attn_output", query_width, hidden)
     if shape.architecture == "qwen2":
-        yield TensorPlan(f"{prefix}attn_q.bias", (query_width,), "F32", "bias")
-        yield TensorPlan(f"{prefix}attn_k.bias", (kv_width,), "F32", "bias")
-        yield TensorPlan(f"{prefix}attn_v.bias", (kv_width,), "F32", "bias")
+        yield vector("attn_q.bias", query_width, "bias")
+        yield vector("attn_k.bias", kv_width, "bias")
+        yield vector("attn_v.bias", kv_width, "bias")
     if shape.architecture == "qwen3":
-        yield TensorPlan(f"{prefix}attn_q_norm.weight", (shape.head_size,), "F32", "norm")
-        yield TensorPlan(f"{prefix}attn_k_norm.weight", (shape.head_size,), "F32", "norm")
-    yield TensorPlan(f"{prefix}ffn_norm.weight", (hidden,), "F32", "norm")
-    yield _matrix(f"{prefix}ffn_gate.weight", hidden, shape.feed_forward_size, quantisation)
-    yield _matrix(f"{prefix}ffn_up.weight", hidden, shape.feed_forward_size, quantisation)
-    yield _matrix(f"{prefix}ffn_down.weight", shape.feed_forward_size, hidden, quantisation_better)
-
-
-def _kv_width(shape: ModelShape) -> int:
-    return shape.num_kv_heads * shape.head_size
-
-
-def _deserves_more_bits(layer: int, num_layers: int) -> bool:
-    """The rule of llama.cpp's "_M" mixes."""
-    eighth = num_layers // 8
-    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-
-
-def _matrix(name: str, row_length: int, num_rows: int, type_name: str) -> TensorPlan:
-    if row_length % _block_elements(type_name):
-        type_name = "Q8_0" if row_length % _block_elements("Q8_0") == 0 else "F16"
-    return TensorPlan(name, (row_length, num_rows), type_name, "matrix")
-
-
-def _block_elements(type_name: str) -> int:
-    from shoal.compute import ggml
-
-    return int(ggml.lib.ggml_blck_size(WEIGHT_TYPES[type_name].ggml_type))
-
-
-def _num_bytes(plan: TensorPlan) -> int:
-    from shoal.compute import ggml
-
-    row_bytes: int = ggml.lib.ggml_row_size(WEIGHT_TYPES[plan.type_name].ggml_type, plan.shape[0])
-    return row_bytes * math.prod(plan.shape[1:])
+        yield vector("attn_q_norm.weight", shape.head_size, "norm")
+        yield vector("attn_k_norm.weight", shape.head_size, "norm")
+    yield vector("ffn_norm.weight", hidden, "norm")
+    yield matrix("ffn_gate", hidden, shape.feed_forward_size)
+    yield matrix("ffn_up", hidden, shape.feed_forward_size)
+    yield matrix("ffn_down", shape.feed_forward_size, hidden)
 
 
 # Values
-
-
-class Pool:
-    """Quantised pieces of rows, [num_pieces, piece_bytes], for one type and one row length.
-
-    `num_elements` is how many will be drawn from it, by all tensors.
-    """
-
-    def __init__(self, type_name: str, row_length: int, *, num_elements: int, seed: int) -> None:
-        self.piece_elements = math.gcd(row_length, PIECE_ELEMENTS)  # whole blocks: all have a power of two elements
-        limit = POOL_ELEMENTS_SLOW if type_name.startswith(("IQ1", "IQ2", "IQ3")) else POOL_ELEMENTS
-        num_pieces = max(1, min(num_elements, limit) // self.piece_elements)
-        random = np.random.default_rng([seed, WEIGHT_TYPES[type_name].ggml_type, row_length])
-        values = random.standard_normal((num_pieces, self.piece_elements), np.float32) / np.float32(row_length**0.5)
-        self.pieces = quantise(values, type_name)
-
-    def draw(self, num_elements: int, random: np.random.Generator) -> Iterator[Bytes]:
-        """Chunks of bytes that make up `num_elements` consecutive elements."""
-        num_pieces = num_elements // self.piece_elements
-        if num_pieces <= len(self.pieces):
-            yield self.pieces[random.permutation(len(self.pieces))[:num_pieces]]
-            return
-        step = max(1, CHUNK_BYTES // self.pieces.shape[1])
-        for begin in range(0, num_pieces, step):
-            yield self.pieces[random.integers(0, len(self.pieces), min(step, num_pieces - begin))]
-
-
-def quantise(values: npt.NDArray[np.float32], type_name: str) -> Bytes:
-    """Rows in a type of `WEIGHT_TYPES`, by ggml's own quantiser.
-
-    Args:
-        values: [num_rows, row_length]; the type's block divides `row_length`.
-
-    Returns:
-        uint8 [num_rows, row_bytes].
-    """
-    from shoal.compute import ggml
-
-    num_rows, row_length = values.shape
-    ggml_type = WEIGHT_TYPES[type_name].ggml_type
-    rows = np.ascontiguousarray(values)
-    quantised = np.empty((num_rows, ggml.lib.ggml_row_size(ggml_type, row_length)), np.uint8)
-    importance = np.ones(row_length, np.float32)  # some types refuse to work without
-    floats = ctypes.POINTER(ctypes.c_float)
-    written = ggml.lib.ggml_quantize_chunk(
-        ggml_type,
-        rows.ctypes.data_as(floats),
-        quantised.ctypes.data,
-        0,
-        num_rows,
-        row_length,
-        importance.ctypes.data_as(floats) if ggml.lib.ggml_quantize_requires_imatrix(ggml_type) else None,
-    )
-    assert written == quantised.nbytes, f"ggml wrote {written} bytes of {type_name}, {quantised.nbytes} were expected"
-    return quantised
 
 
 def rope_frequency_factors(shape: ModelShape) -> npt.NDArray[np.float32]:
@@ -387,113 +189,12 @@ def _vector(plan: TensorPlan, shape: ModelShape, random: np.random.Generator) ->
     match plan.kind:
         case "norm":
             return np.float32(1.0) + np.float32(0.05) * noise
+        case "attention_norm":
+            return np.float32(ATTENTION_GAIN) * (np.float32(1.0) + np.float32(0.05) * noise)
         case "bias":
             return np.float32(0.1) * noise
         case _:
             return rope_frequency_factors(shape)
-
-
-# The vocabulary
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-FREQUENT_WORDS = """
-the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you
-were her all she there would their we him been has when who will more no if out so said what up its about into than them
-can only other new some could time these two may then do first any my now such like our over man me even most made after
-also did many before must through back years where much your way well down should because each just those people how too
-little state good very make world still own see men work long get here between both life being under never day same
-another know while last might us great old year off come since against go
-"""
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # token types of llama.cpp
-
-
-def make_vocabulary(shape: ModelShape, tokenizer: Literal["bpe", "spm"]) -> dict[str, Any]:
-    """The `tokenizer.*` keys of a vocabulary of exactly `shape.vocab_size` tokens that can spell every text."""
-    if tokenizer == "bpe":
-        return _make_bpe(shape.vocab_size, "llama-bpe" if shape.architecture == "llama" else "qwen2")
-    return _make_spm(shape.vocab_size)
-
-
-def _make_bpe(vocab_size: int, pre_tokenizer: str) -> dict[str, Any]:
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    letters = _byte_letters()
-    _check_room(vocab_size, len(control) + len(letters))
-    tokens = control + letters
-    merges: list[str] = []
-    known = set(tokens)
-    for left, right in _spell(f"\u0120{word}" for word in FREQUENT_WORDS.split()):
-        if left + right not in known and len(tokens) < vocab_size:
-            known.add(left + right)
-            tokens.append(left + right)
-            merges.append(f"{left} {right}")
-    tokens += _filler(vocab_size - len(tokens), space="\u0120")
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre_tokenizer,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array([CONTROL] * len(control) + [NORMAL] * (vocab_size - 3), np.int32),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
-    }
-
-
-def _make_spm(vocab_size: int) -> dict[str, Any]:
-    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    letters = ["\u2581", *(chr(code) for code in range(0x21, 0x7F))]
-    _check_room(vocab_size, len(special) + len(byte_tokens) + len(letters))
-    words = list(dict.fromkeys(left + right for left, right in _spell(f"\u2581{word}" for word in FREQUENT_WORDS.split())))
-    words = words[: vocab_size - len(special) - len(byte_tokens) - len(letters)]
-    tokens = special + byte_tokens + words + letters
-    num_filler = vocab_size - len(tokens)
-    types = [UNKNOWN, *[CONTROL] * 4, *[BYTE] * 256, *[NORMAL] * (vocab_size - len(special) - 256)]
-    # The better the score, the earlier two pieces are merged; letters, which nothing merges into, come last.
-    scores = np.concatenate([np.zeros(len(special) + 256), -1.0 - np.arange(vocab_size - len(special) - 256)])
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens + _filler(num_filler, space="\u2581"),
-        "tokenizer.ggml.scores": scores.astype(np.float32),
-        "tokenizer.ggml.token_type": np.array(types, np.int32),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.eot_token_id": 4,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
-    }
-
-
-def _check_room(vocab_size: int, needed: int) -> None:
-    if vocab_size < needed:
-        raise ValueError(f"a vocabulary of {vocab_size} tokens cannot spell every text: it needs at least {needed}")
-
-
-def _byte_letters() -> list[str]:
-    """The 256 printable letters that stand for bytes in byte-level BPE, in the order of the bytes."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
-
-
-def _spell(words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The pairs by which each word is put together from its letters, from left to right."""
-    for word in words:
-        for end in range(1, len(word)):
-            yield word[:end], word[end]
-
-
-def _filler(count: int, *, space: str) -> list[str]:
-    """Tokens that no text is cut into: no tokenizer joins brackets and digits."""
-    return [f"{space}<{index}>" for index in range(count)]
 
 
 # The file
@@ -508,9 +209,20 @@ def _tensors(plans: list[TensorPlan], *, shape: ModelShape, seed: int) -> list[T
             chunks: Iterable[npt.NDArray[Any]] = pools[plan.type_name, plan.shape[0]].draw(math.prod(plan.shape), random)
         else:
             chunks = [_vector(plan, shape, random)]
-        ggml_type = WEIGHT_TYPES[plan.type_name].ggml_type
-        tensors.append(TensorData(plan.name, plan.shape, ggml_type, _num_bytes(plan), chunks))
+        row = row_bytes(plan.type_name, plan.shape[0])
+        if plan.name == ("token_embd.weight" if shape.tied_embeddings else "output.weight"):
+            chunks = _without_control_tokens(chunks, row)
+        num_bytes = row * math.prod(plan.shape[1:])
+        tensors.append(TensorData(plan.name, plan.shape, WEIGHT_TYPES[plan.type_name].ggml_type, num_bytes, chunks))
     return tensors
+
+
+def _without_control_tokens(chunks: Iterable[npt.NDArray[Any]], row: int) -> Iterator[npt.NDArray[Any]]:
+    """Zeros in the rows of the control tokens, so that they are never the likeliest and answers are as long as asked for."""
+    for index, chunk in enumerate(chunks):
+        if index == 0:
+            chunk.reshape(-1)[: NUM_CONTROL_TOKENS * row] = 0  # zero bytes are zero in every type
+        yield chunk
 
 
 def _make_pools(plans: list[TensorPlan], *, seed: int) -> dict[tuple[str, int], Pool]:
@@ -519,38 +231,8 @@ def _make_pools(plans: list[TensorPlan], *, seed: int) -> dict[tuple[str, int], 
         if plan.kind == "matrix":
             key = (plan.type_name, plan.shape[0])
             num_elements[key] = num_elements.get(key, 0) + math.prod(plan.shape)
+    max_bytes = min(POOL_BYTES, ALL_POOLS_BYTES // len(num_elements))
     return {
-        (type_name, row_length): Pool(type_name, row_length, num_elements=count, seed=seed)
+        (type_name, row_length): Pool(type_name, row_length, num_elements=count, max_bytes=max_bytes, seed=seed)
         for (type_name, row_length), count in num_elements.items()
     }
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """`python -m shoal.lab.random_model SHAPE PATH`"""
-    parser = argparse.ArgumentParser(prog="shoal.lab.random_model", description="Write a model with random weights.")
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--architecture", choices=["llama", "qwen2", "qwen3"], default="llama")
-    parser.add_argument("--quantisation", choices=WEIGHT_TYPES, default="Q4_K", metavar="TYPE")
-    parser.add_argument("--output-quantisation", choices=WEIGHT_TYPES, default=None, metavar="TYPE")
-    parser.add_argument("--mixed", action="store_true", help="more bits for some matrices, as in Q4_K_M")
-    parser.add_argument("--tokenizer", choices=["bpe", "spm"], default="bpe")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    shape = SHAPES[options.shape]
-    if options.architecture != "llama":
-        shape = msgspec.structs.replace(shape, architecture=options.architecture, rope_scaling=None)
-    size_bytes = write_random_model(
-        options.path,
-        shape,
-        quantisation=options.quantisation,
-        output_quantisation=options.output_quantisation,
-        mixed=options.mixed,
-        tokenizer=options.tokenizer,
-        seed=options.seed,
-    )
-    sys.stdout.write(f"{options.path}: {shape.num_parameters:,} parameters, {size_bytes:,} bytes\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from shoal.compute import ggml
 from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.errors import UnsupportedModel
 from shoal.lab.gguf_writer import TensorData, write_gguf
-from shoal.lab.random_model import WEIGHT_TYPES, quantise
+from shoal.lab.quantisation import WEIGHT_TYPES, quantise
 
 _CHUNK_ELEMENTS = 1 << 22
 
