@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,11 @@ from shoal.placement.device import Device, ModelSize
 MB = 10**6
 MODEL = ModelSize(layer_bytes=(10 * MB,) * 30, output_bytes=20 * MB, cache_bytes_per_layer=MB, overhead_bytes=50 * MB)
 
+STREAMED = msgspec.structs.replace(MODEL, ring_bytes=4 * MB)
 
-def device(name: str, *, layer_ms: float = 1.0, memory_mb: int = 10_000) -> Device:
-    return Device(id=DeviceId(name), layer_s=layer_ms * 1e-3, memory_bytes=memory_mb * MB)
+
+def device(name: str, *, layer_ms: float = 1.0, memory_mb: int = 10_000, read_mb_s: float = 0.0) -> Device:
+    return Device(DeviceId(name), layer_ms * 1e-3, memory_mb * MB, read_mb_s * MB)
 
 
 def test_equal_devices_share_equally_and_the_head_is_last() -> None:
@@ -32,7 +35,7 @@ def test_equal_devices_share_equally_and_the_head_is_last() -> None:
 def test_a_device_twice_as_fast_holds_twice_as_much() -> None:
     placement = place_layers([device("head", layer_ms=2), device("fast", layer_ms=1)], MODEL)
     assert [len(stage.layers) for stage in placement.stages] == [20, 10]
-    assert placement.compute_s == pytest.approx(20e-3 + 20e-3)
+    assert placement.token_s == pytest.approx(20e-3 + 20e-3)
 
 
 def test_what_does_not_fit_goes_to_the_others() -> None:
@@ -54,6 +57,37 @@ def test_the_head_stays_even_without_layers() -> None:
 def test_a_shortage_names_the_missing_bytes_and_what_helps() -> None:
     with pytest.raises(InfeasiblePlacement, match=r"10 of 30 layers \(110\.0 MB\) fit nowhere.*smaller quantisation"):
         place_layers([device("head", memory_mb=50 + 20 + 110), device("b", memory_mb=50 + 110)], MODEL)
+
+
+def test_layers_that_fit_nowhere_are_streamed_by_the_faster_disk() -> None:
+    slow, fast = device("slow", memory_mb=160, read_mb_s=100), device("fast", memory_mb=180, read_mb_s=1000)
+    placement = place_layers([slow, fast], STREAMED)
+    fast_stage, slow_stage = placement.stages
+    fast_layers = len(fast_stage.layers)
+    assert fast_layers + len(slow_stage.layers) == 30
+    assert fast_layers > 2 * len(slow_stage.layers)
+    assert fast_stage.weights_bytes == (180 - 50 - fast_layers) * MB
+    assert fast_stage.needed_bytes == 180 * MB
+    # What does not stay, and what the ring takes, is read for each token.
+    streamed = fast_layers * 10 - (130 - fast_layers) + 4
+    assert fast_stage.token_s == pytest.approx(max(fast_layers * 1e-3, streamed / 1000))
+
+
+def test_a_head_too_small_for_its_output_projection_streams_it() -> None:
+    placement = place_layers([device("head", memory_mb=65, read_mb_s=500), device("large")], STREAMED)
+    assert [(stage.device, len(stage.layers)) for stage in placement.stages] == [("large", 30), ("head", 0)]
+    assert placement.head.weights_bytes == 15 * MB
+    assert placement.stages[0].weights_bytes is None
+
+
+def test_what_fits_is_not_streamed() -> None:
+    placement = place_layers([device("a", read_mb_s=500), device("b", read_mb_s=500)], STREAMED)
+    assert [stage.weights_bytes for stage in placement.stages] == [None, None]
+
+
+def test_a_cache_without_room_cannot_be_streamed() -> None:
+    with pytest.raises(InfeasiblePlacement):
+        place_layers([device("head", memory_mb=70, read_mb_s=500)], STREAMED)
 
 
 def test_counts_by_hand_must_add_up() -> None:

@@ -17,6 +17,7 @@ from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.hyperparameters import Hyperparameters, parse_hyperparameters
 from shoal.compute.models.registry import architecture
 from shoal.errors import BadModelFile, UnsupportedModel
+from shoal.ids import LayerRange
 
 
 class Model:
@@ -50,10 +51,13 @@ class Model:
 
     def layer_names(self, layer: int) -> list[str]:
         """Names of the tensors of one layer, as they are in the file."""
-        kinds = self.architecture
-        present = [*kinds.matrices, *kinds.vectors]
-        present += [name for name in kinds.optional_vectors if f"blk.{layer}.{name}" in self.file.tensors]
-        return [f"blk.{layer}.{name}" for name in present]
+        return [*(f"blk.{layer}.{name}" for name in self.architecture.matrices), *self.layer_vectors(layer)]
+
+    def layer_vectors(self, layer: int) -> list[str]:
+        """Names of its norms and biases."""
+        names = [f"blk.{layer}.{name}" for name in (*self.architecture.vectors, *self.architecture.optional_vectors)]
+        required = len(self.architecture.vectors)
+        return names[:required] + [name for name in names[required:] if name in self.file.tensors]
 
     def rope_factor_name(self, *, context: int) -> str | None:
         """The tensor of rope frequency factors that a context of that many tokens needs, if the file has any."""
@@ -148,6 +152,12 @@ class EmbeddingTable:
             else:
                 self._to_float(source, target, self._hidden_size)
             target += target_bytes
+
+
+def matrix_names(model: Model, layers: LayerRange, *, head: bool) -> list[str]:
+    """The matrices that a stage multiplies with, in the order in which it does."""
+    names = [f"blk.{i}.{name}" for i in range(layers.first, layers.stop) for name in model.architecture.matrices]
+    return [*names, model.output_name] if head else names
 
 
 def describe(shape: Hyperparameters) -> str:

@@ -16,8 +16,9 @@ import numpy as np
 
 from shoal.compute import ggml
 from shoal.compute.backend import Backend, TensorPort
-from shoal.compute.model import EmbeddingTable, Model
-from shoal.compute.models.transformer import LayerTensors, MicroBatch
+from shoal.compute.model import EmbeddingTable, Model, matrix_names
+from shoal.compute.models.transformer import LayerTensors, MicroBatch, multiply
+from shoal.compute.streaming import StreamedTensors, Streaming, row_runs
 from shoal.compute.weights import Weights
 from shoal.errors import ContextExceeded
 from shoal.ids import LayerRange
@@ -29,6 +30,8 @@ CELLS_STEP = 256
 """The KV cache is read in steps of this many cells, so that 256 decode steps share one graph. llama.cpp's figure."""
 _GRAPHS_MAX = 24
 _NODES_PER_LAYER_MAX = 48
+_SEGMENT_BYTES_MIN = 1024 * 1024
+"""Streamed tensors smaller than this are waited for, used and forgotten together: each time costs some 20 us."""
 
 
 class Stage:
@@ -38,7 +41,8 @@ class Stage:
         context: tokens that the KV cache holds, at least 1.
         micro_batch: most tokens in one call of `forward`.
         head: whether this device also embeds tokens and computes logits; then `layers` end with the model's last.
-        repack: copy matrices into the device's faster order where it has one.
+        repack: copy matrices into the device's faster order where it has one; a stage that streams does without.
+        streaming: what is read from disk each time it is needed; None keeps everything in memory.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Stage:
         micro_batch: int = 512,
         head: bool = False,
         repack: bool = True,
+        streaming: Streaming | None = None,
     ) -> None:
         if head and layers.stop != model.shape.num_layers:
             raise ValueError(f"the head holds the last layers, not {layers} of {model.shape.num_layers}")
@@ -63,15 +68,32 @@ class Stage:
         self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
         self.embedding = EmbeddingTable(model) if head else None
         rope_name = model.rope_factor_name(context=context) if len(layers) else None
-        matrices = [f"blk.{i}.{name}" for i in range(layers.first, layers.stop) for name in model.architecture.matrices]
-        names = [name for i in range(layers.first, layers.stop) for name in model.layer_names(i)]
-        names += [rope_name] if rope_name else []
-        names += [model.output_name, "output_norm.weight"] if head else []
-        matrices += [model.output_name] if head else []
-        self.weights = Weights(model.file, names, matrices=matrices, backend=backend, repack=repack)
+        matrices = matrix_names(model, layers, head=head)
+        vectors = [name for i in range(layers.first, layers.stop) for name in model.layer_vectors(i)]
+        vectors += [rope_name] if rope_name else []
+        vectors += ["output_norm.weight"] if head else []
+        tensors = model.file.tensors
+        runs = {name: [tensors[name]] if streaming is None else row_runs(tensors[name]) for name in matrices}
+        in_order = [run for name in matrices for run in runs[name]]
+        self.streamed: StreamedTensors | None = None
+        if streaming is not None:
+            if not backend.is_host:
+                raise ValueError(f"device {backend.device_name} has memory of its own: only host devices stream weights")
+            self.streamed = StreamedTensors(model.path, [run for run in in_order if run.name in streaming.names], streaming)
+            in_order = [run for run in in_order if run.name not in streaming.names]
+        self.weights = Weights(
+            model.file,
+            [*in_order, *(tensors[name] for name in vectors)],
+            # Repacked kernels may give other bits, and a device that streams has no memory for copies.
+            repackable=matrices if repack and streaming is None else (),
+            backend=backend,
+        )
+        self._vectors = self.weights.tensors
+        placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
+        self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
         self._cache = _KeyValueCache(model, len(layers), self._num_cells_max, backend)
         self._layer_tensors = [self._tensors_of(index, rope_name) for index in range(len(layers))]
-        self._graphs: OrderedDict[tuple[int, int, int], _StageGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, int, int, bool], _StageGraph] = OrderedDict()
         self._allocator = L.ggml_gallocr_new(backend.default_buffer_type)
         self._reserve()
 
@@ -88,17 +110,20 @@ class Stage:
     def activation_bytes(self) -> int:
         return int(L.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
-    def forward(self, x_BD: FloatArray, position: int, *, num_outputs: int | None = None) -> FloatArray:
+    def forward(
+        self, x_BD: FloatArray, position: int, *, num_outputs: int | None = None, wants_hidden: bool = False
+    ) -> FloatArray:
         """Computes one micro-batch.
 
         Args:
             x_BD: hidden states that enter the first layer, [tokens, hidden size], float32.
             position: of the first token; all before it must have been computed.
             num_outputs: the head returns logits of that many last tokens; other stages always return all.
+            wants_hidden: the head stops before the output projection, as embeddings want it.
 
         Returns:
-            Hidden states [tokens, hidden size], or on the head logits [num_outputs, vocabulary]: a view that the
-            next call overwrites.
+            Hidden states [tokens, hidden size], or on the head logits [num_outputs, vocabulary] (normalised hidden
+            states [num_outputs, hidden size] with `wants_hidden`): a view that the next call overwrites.
 
         Raises:
             ContextExceeded: position + tokens is beyond the cache.
@@ -109,7 +134,7 @@ class Stage:
         if position + num_tokens > self.context:
             raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
         wanted = num_tokens if not self.is_head or num_outputs is None else num_outputs
-        graph = self._graph(num_tokens, _cells(position + num_tokens), wanted)
+        graph = self._graph(num_tokens, _cells(position + num_tokens), wanted, wants_hidden)
         return graph.run(self.backend, x_BD, position)
 
     def forward_tokens(self, token_ids: Sequence[int], position: int, *, num_outputs: int = 1) -> FloatArray:
@@ -133,14 +158,17 @@ class Stage:
             self._allocator = None
         self._cache.close()
         self.weights.close()
+        if self.streamed is not None:
+            self.streamed.close()
 
     def _tensors_of(self, index: int, rope_name: str | None) -> LayerTensors:
         prefix = f"blk.{self.layers.first + index}."
         return LayerTensors(
-            weights={name.removeprefix(prefix): t for name, t in self.weights.tensors.items() if name.startswith(prefix)},
+            matrices={name: self._matrices[prefix + name] for name in self.model.architecture.matrices},
+            vectors={name.removeprefix(prefix): t for name, t in self._vectors.items() if name.startswith(prefix)},
             keys=self._cache.keys[index],
             values=self._cache.values[index],
-            rope_factors=self.weights.tensors[rope_name] if rope_name else None,
+            rope_factors=self._vectors[rope_name] if rope_name else None,
         )
 
     def _reserve(self) -> None:
@@ -156,8 +184,8 @@ class Stage:
         # is taken when it is asked for, and the graphs are then built anew.
         return 1 if self.is_head else self.micro_batch
 
-    def _graph(self, num_tokens: int, num_cells: int, num_outputs: int) -> _StageGraph:
-        key = (num_tokens, num_cells, num_outputs)
+    def _graph(self, num_tokens: int, num_cells: int, num_outputs: int, wants_hidden: bool) -> _StageGraph:
+        key = (num_tokens, num_cells, num_outputs, wants_hidden)
         graph = self._graphs.get(key)
         if graph is None:
             while len(self._graphs) >= _GRAPHS_MAX:
@@ -172,6 +200,8 @@ class Stage:
                     stale.close()
                 self._graphs.clear()
             graph.bind(is_host=self.backend.is_host)
+            if self.streamed is not None:
+                graph.cut(self.streamed)
             self._graphs[key] = graph
         self._graphs.move_to_end(key)
         return graph
@@ -220,10 +250,13 @@ class _KeyValueCache:
 class _StageGraph:
     """The stage's layers, drawn for one shape of micro-batch."""
 
-    def __init__(self, stage: Stage, num_tokens: int, num_cells: int, num_outputs: int) -> None:
+    def __init__(self, stage: Stage, num_tokens: int, num_cells: int, num_outputs: int, wants_hidden: bool = False) -> None:
         shape = stage.model.shape
-        num_nodes_max = _NODES_PER_LAYER_MAX * (len(stage.layers) + 1)
+        # A matrix in n runs takes n products and n - 1 concatenations.
+        num_nodes_max = _NODES_PER_LAYER_MAX * (len(stage.layers) + 1) + 2 * sum(map(len, stage._matrices.values()))
         self._context = ggml.new_context(num_nodes_max, extra_bytes=L.ggml_graph_overhead_custom(num_nodes_max, False))
+        self._segments_context: Any = None
+        self._segments: list[_Segment] = []
         self.graph = L.ggml_new_graph_custom(self._context, num_nodes_max, False)
         self._num_tokens, self._num_cells, self._num_outputs = num_tokens, num_cells, num_outputs
         self._x = self._input(L.GGML_TYPE_F32, shape.hidden_size, num_tokens)
@@ -238,7 +271,7 @@ class _StageGraph:
                 rows_B=self._input(L.GGML_TYPE_I64, num_tokens),
                 mask_CB=self._input(L.GGML_TYPE_F16, num_cells, num_tokens),
             )
-        self._output = self._draw(stage)
+        self._output = self._draw(stage, wants_hidden=wants_hidden)
         if self._output is not None:
             L.ggml_set_output(self._output)
             L.ggml_build_forward_expand(self.graph, self._output)
@@ -250,7 +283,7 @@ class _StageGraph:
         L.ggml_set_input(tensor)
         return tensor
 
-    def _draw(self, stage: Stage) -> ggml.Tensor | None:
+    def _draw(self, stage: Stage, *, wants_hidden: bool) -> ggml.Tensor | None:
         shape, model = stage.model.shape, stage.model
         x = self._x
         for index, layer in enumerate(stage._layer_tensors):
@@ -264,9 +297,11 @@ class _StageGraph:
             stride = x.contents.nb[1]
             first = self._num_tokens - self._num_outputs
             x = L.ggml_view_2d(self._context, x, shape.hidden_size, self._num_outputs, stride, first * stride)
-        norm = stage.weights.tensors["output_norm.weight"]
+        norm = stage._vectors["output_norm.weight"]
         normalised = L.ggml_mul(self._context, L.ggml_rms_norm(self._context, x, shape.norm_epsilon), norm)
-        return L.ggml_mul_mat(self._context, stage.weights.tensors[model.output_name], normalised)
+        if wants_hidden:
+            return normalised
+        return multiply(self._context, stage._matrices[model.output_name], normalised)
 
     def bind(self, *, is_host: bool) -> None:
         """Opens the inputs and the output, once the allocator has given them addresses.
@@ -287,6 +322,47 @@ class _StageGraph:
             shape = (self._num_outputs, int(self._output.contents.ne[0]))
             self._output_port = TensorPort(self._output, shape, np.float32, is_host=is_host)
 
+    def cut(self, streamed: StreamedTensors) -> None:
+        """Cuts the graph into segments, each of which needs streamed tensors that are there together."""
+        by_address = {ctypes.addressof(tensor.contents): name for name, tensor in streamed.tensors.items()}
+        nodes = [L.ggml_graph_node(self.graph, index) for index in range(L.ggml_graph_n_nodes(self.graph))]
+        uses: dict[str, int] = {}
+        for index, node in enumerate(nodes):
+            operand = node.contents.src[0]
+            name = by_address.get(ctypes.addressof(operand.contents)) if operand else None
+            if name is not None:
+                assert name not in uses, f"{name} is used twice: it cannot be streamed"
+                uses[name] = index
+        # What this graph leaves out, because nobody wants its output, is passed over in its turn.
+        groups: list[list[str]] = [[]]
+        group_bytes = 0
+        for name in streamed.names:
+            num_bytes = streamed.num_bytes(name)
+            if groups[-1] and (group_bytes >= _SEGMENT_BYTES_MIN or group_bytes + num_bytes > streamed.ring_bytes // 2):
+                groups.append([])
+                group_bytes = 0
+            groups[-1].append(name)
+            group_bytes += num_bytes
+        # Nodes go with the last group that was waited for before them.
+        parts: list[tuple[list[str], list[ggml.Tensor]]] = []
+        stop = len(nodes)
+        for group in reversed(groups):
+            begins = [uses[name] for name in group if name in uses]
+            begin = min(begins, default=stop) if group is not groups[0] else 0
+            parts.append((group, nodes[begin:stop]))
+            stop = begin
+        graph_bytes = sum(L.ggml_graph_overhead_custom(len(part), False) for _, part in parts if part)
+        self._segments_context = ggml.new_context(1, extra_bytes=graph_bytes)
+        self._segments = [_Segment(streamed, group, self._subgraph(part)) for group, part in reversed(parts)]
+
+    def _subgraph(self, nodes: list[ggml.Tensor]) -> Any:
+        if not nodes:
+            return None
+        graph = L.ggml_new_graph_custom(self._segments_context, len(nodes), False)
+        for node in nodes:
+            L.ggml_graph_add_node(graph, node)
+        return graph
+
     def run(self, backend: Backend, x_BD: FloatArray, position: int) -> FloatArray:
         if self._x_port is not None:
             self._x_port.write(x_BD)
@@ -297,15 +373,39 @@ class _StageGraph:
                     port.write(positions)
             if self._mask_port is not None:
                 self._mask_port.write(_causal_mask(positions, self._num_cells))
-        backend.compute(self.graph)
+        if not self._segments:
+            backend.compute(self.graph)
+        for segment in self._segments:
+            segment.run(backend)
         if self._output is None:
             return np.empty((0, 0), dtype=np.float32)
         return self._output_port.read()
 
     def close(self) -> None:
+        self._segments.clear()
+        if self._segments_context:
+            L.ggml_free(self._segments_context)
+            self._segments_context = None
         if self._context:
             L.ggml_free(self._context)
             self._context = None
+
+
+class _Segment:
+    """Nodes of a graph that are computed while some streamed tensors are in memory."""
+
+    def __init__(self, streamed: StreamedTensors, names: list[str], graph: Any) -> None:
+        self._streamed = streamed
+        self._names = names
+        self._graph = graph
+
+    def run(self, backend: Backend) -> None:
+        for name in self._names:
+            self._streamed.acquire(name)
+        if self._graph is not None:
+            backend.compute(self._graph)
+        for name in self._names:
+            self._streamed.release(name)
 
 
 def _cells(num_tokens: int) -> int:

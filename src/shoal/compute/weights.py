@@ -22,36 +22,34 @@ class Weights:
     `copied_bytes` are this process's own memory.
 
     Args:
-        names: tensors to place; all must be in the file.
-        matrices: those of `names` that are only ever the first operand of a matrix product, and may be repacked.
+        infos: tensors of the file to place, or runs of rows of them.
+        repackable: names of those that are only ever the first operand of a matrix product, and may be repacked.
     """
 
     def __init__(
-        self, file: GGUFFile, names: Sequence[str], *, matrices: Iterable[str], backend: Backend, repack: bool = True
+        self, file: GGUFFile, infos: Sequence[TensorInfo], *, repackable: Iterable[str] = (), backend: Backend
     ) -> None:
         self.tensors: dict[str, ggml.Tensor] = {}
         self.mapped_bytes = 0
         self.copied_bytes = 0
         self._buffers: list[int] = []
-        self._context = ggml.new_context(max(1, len(names)))
+        self._context = ggml.new_context(max(1, len(infos)))
         self._backend = backend
         by_buffer_type: dict[int | None, list[TensorInfo]] = {}
-        candidates = backend.extra_buffer_types() if repack else []
-        repackable = set(matrices) if candidates else set()
-        probe = _RepackProbe(backend, candidates)
-        for name in names:
-            info = file.tensors[name]
-            self.tensors[name] = _describe(self._context, info)
-            buffer_type = probe.best_for(info) if name in repackable else None
+        names_to_repack = set(repackable)
+        probe = _RepackProbe(backend, backend.extra_buffer_types() if names_to_repack else [])
+        for info in infos:
+            self.tensors[info.name] = describe(self._context, info)
+            buffer_type = probe.best_for(info) if info.name in names_to_repack else None
             by_buffer_type.setdefault(buffer_type, []).append(info)
         probe.close()
-        for buffer_type, infos in by_buffer_type.items():
+        for buffer_type, alike in by_buffer_type.items():
             if buffer_type is not None:
-                self._copy(file, infos, buffer_type)
+                self._copy(file, alike, buffer_type)
             elif backend.is_host:
-                self._map(file, infos)
+                self._map(file, alike)
             else:
-                self._copy(file, infos, backend.default_buffer_type)
+                self._copy(file, alike, backend.default_buffer_type)
 
     def _map(self, file: GGUFFile, infos: list[TensorInfo]) -> None:
         """One buffer per tensor: it ends at a tensor's end, so that a truncated map can never be read past."""
@@ -104,7 +102,7 @@ class _RepackProbe:
     def _ask(self, info: TensorInfo) -> int | None:
         context = ggml.new_context(4)
         try:
-            matrix = _describe(context, info)
+            matrix = describe(context, info)
             rows = ggml.lib.ggml_new_tensor_2d(context, ggml.lib.GGML_TYPE_F32, info.shape[0], 1)
             product = ggml.lib.ggml_mul_mat(context, matrix, rows)
             for buffer_type, empty_buffer in self._empty_buffers:
@@ -120,7 +118,7 @@ class _RepackProbe:
             ggml.lib.ggml_backend_buffer_free(empty_buffer)
 
 
-def _describe(context: object, info: TensorInfo) -> ggml.Tensor:
+def describe(context: object, info: TensorInfo) -> ggml.Tensor:
     shape = (ctypes.c_int64 * len(info.shape))(*info.shape)
     tensor = ggml.lib.ggml_new_tensor(context, info.type, len(info.shape), shape)
     ggml.lib.ggml_set_name(tensor, info.name.encode()[:63])

@@ -1,4 +1,5 @@
-"""Decides which consecutive layers each device holds: shares in proportion to speed, cut to what fits memory.
+"""Decides which consecutive layers each device holds: shares in proportion to speed, cut to what fits memory. What fits
+nowhere is streamed from disk, by whom that costs least.
 
 A first planner behind the interface that a better one will keep: every stage takes about the same time, so that
 prefill's micro-batches flow without waiting for one slow device. It does not ask whether fewer devices would be faster.
@@ -32,9 +33,12 @@ def place_layers(devices: Sequence[Device], model: ModelSize) -> Placement:
     ring = [*others, head]
     capacities = [_layers_that_fit(device, model, is_head=device is head) for device in ring]
     num_layers = len(model.layer_bytes)
-    if sum(capacities) < num_layers:
+    if sum(capacities) >= num_layers:
+        counts = _share(num_layers, [1.0 / device.layer_s for device in ring], capacities)
+    elif (streaming_counts := _share_streaming(ring, head, model, capacities)) is not None:
+        counts = streaming_counts
+    else:
         raise InfeasiblePlacement(_explain_shortage(ring, head, model, capacities))
-    counts = _share(num_layers, [1.0 / device.layer_s for device in ring], capacities)
     return _assign(ring, head, model, counts)
 
 
@@ -61,9 +65,18 @@ def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int
         if not count and device is not head:
             left_out.append((device.id, "no layer fits its memory, or the others are much faster"))
             continue
-        needed_bytes = _needed_bytes(model, layers, is_head=device is head)
-        stages.append(Assignment(device.id, layers, needed_bytes, count * device.layer_s))
+        stages.append(_assignment(device, layers, model, is_head=device is head))
     return Placement(stages=tuple(stages), left_out=tuple(left_out))
+
+
+def _assignment(device: Device, layers: LayerRange, model: ModelSize, *, is_head: bool) -> Assignment:
+    needed_bytes = _needed_bytes(model, layers, is_head=is_head)
+    compute_s = len(layers) * device.layer_s
+    if needed_bytes <= device.memory_bytes or not device.read_bytes_per_s:
+        return Assignment(device.id, layers, needed_bytes, compute_s)
+    weights_bytes = device.memory_bytes - model.overhead_bytes - len(layers) * model.cache_bytes_per_layer
+    read_s = (needed_bytes - device.memory_bytes + model.ring_bytes) / device.read_bytes_per_s
+    return Assignment(device.id, layers, device.memory_bytes, max(compute_s, read_s), weights_bytes)
 
 
 def _needed_bytes(model: ModelSize, layers: LayerRange, *, is_head: bool) -> int:
@@ -87,6 +100,35 @@ def _share(num_layers: int, speeds: list[float], capacities: list[int]) -> list[
         counts[best] += 1
         if counts[best] == capacities[best]:
             open_devices.discard(best)
+    return counts
+
+
+def _share_streaming(ring: list[Device], head: Device, model: ModelSize, capacities: list[int]) -> list[int] | None:
+    """Counts where some devices hold more layers than fit: each further layer goes where reading then takes least time.
+
+    None where some layer's cache has no room either.
+    """
+    counts = list(capacities)
+    mean_bytes = sum(model.layer_bytes) / len(model.layer_bytes)
+
+    def room_bytes(index: int, count: int) -> float:
+        """What is left for weights; the head's output projection is streamed as layers are."""
+        return ring[index].memory_bytes - model.overhead_bytes - count * model.cache_bytes_per_layer
+
+    def read_s(index: int, count: int) -> float:
+        device = ring[index]
+        weights_bytes = count * mean_bytes + (model.output_bytes if device is head else 0)
+        return (weights_bytes - room_bytes(index, count) + model.ring_bytes) / device.read_bytes_per_s
+
+    def can_hold(index: int, count: int) -> bool:
+        return ring[index].read_bytes_per_s > 0 and room_bytes(index, count) >= model.ring_bytes
+
+    while sum(counts) < len(model.layer_bytes):
+        open_devices = [index for index, count in enumerate(counts) if can_hold(index, count + 1)]
+        if not open_devices:
+            return None
+        best = min(open_devices, key=lambda index: (read_s(index, counts[index] + 1), index))
+        counts[best] += 1
     return counts
 
 

@@ -10,32 +10,40 @@ from shoal.ids import DeviceId, LayerRange
 class Device(msgspec.Struct, frozen=True):
     """One device as it was measured.
 
-    `layer_s` is the time for one token through one layer; `memory_bytes` is what the model may use there.
+    `layer_s` is the time for one token through one layer; `memory_bytes` is what the model may use there;
+    `read_bytes_per_s` is how fast its disk reads the model past the page cache, 0 where it cannot stream weights.
     """
 
     id: DeviceId
     layer_s: float
     memory_bytes: int
+    read_bytes_per_s: float = 0.0
 
 
 class ModelSize(msgspec.Struct, frozen=True):
     """What a model needs: bytes of each layer's weights, of the head's output projection, of each layer's KV cache at
-    the asked context, and of a stage's activations and runtime.
+    the asked context, and of a stage's activations and runtime. `ring_bytes` are the least through which weights are
+    streamed.
     """
 
     layer_bytes: tuple[int, ...]
     output_bytes: int
     cache_bytes_per_layer: int
     overhead_bytes: int
+    ring_bytes: int = 0
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """One device's part: its layers, the bytes they need, and the time that one token is expected to take there."""
+    """One device's part: its layers, the bytes they take, and the time that one token is expected to take there.
+
+    `weights_bytes` is the memory for its weights, where they do not all fit and the rest is streamed; else None.
+    """
 
     device: DeviceId
     layers: LayerRange
     needed_bytes: int
-    compute_s: float
+    token_s: float
+    weights_bytes: int | None = None
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -52,6 +60,6 @@ class Placement(msgspec.Struct, frozen=True):
         return self.stages[-1]
 
     @property
-    def compute_s(self) -> float:
-        """Expected computing of one token through all stages."""
-        return sum(stage.compute_s for stage in self.stages)
+    def token_s(self) -> float:
+        """Expected time of one token through all stages, hops not counted."""
+        return sum(stage.token_s for stage in self.stages)

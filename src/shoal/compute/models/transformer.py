@@ -6,7 +6,7 @@ F feed-forward size, C cells of the KV cache in view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +36,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One layer's weights by short name (`attn_q.weight`), and its share of the KV cache, [width, context] each."""
+    """One layer's weights by short name (`attn_q.weight`), and its share of the KV cache, [width, context] each.
 
-    weights: Mapping[str, ggml.Tensor]
+    A matrix is one tensor, or several that hold some of its rows each.
+    """
+
+    matrices: Mapping[str, Sequence[ggml.Tensor]]
+    vectors: Mapping[str, ggml.Tensor]
     keys: ggml.Tensor
     values: ggml.Tensor
     rope_factors: ggml.Tensor | None
@@ -71,10 +75,20 @@ def rms_norm(shape: Hyperparameters, batch: MicroBatch, x: ggml.Tensor, weight: 
     return L.ggml_mul(batch.context, L.ggml_rms_norm(batch.context, x, shape.norm_epsilon), weight)
 
 
+def multiply(context: Any, matrix: Sequence[ggml.Tensor], x: ggml.Tensor) -> ggml.Tensor:
+    """The matrix times `x`; rows that are apart give the same bits as rows together."""
+    products = [L.ggml_mul_mat(context, rows, x) for rows in matrix]
+    while len(products) > 1:
+        # In pairs: every element is copied log2(pieces) times.
+        pairs = [products[index : index + 2] for index in range(0, len(products), 2)]
+        products = [L.ggml_concat(context, *pair, 0) if len(pair) == 2 else pair[0] for pair in pairs]
+    return products[0]
+
+
 def project(batch: MicroBatch, layer: LayerTensors, name: str, x: ggml.Tensor) -> ggml.Tensor:
     """`x` times the matrix `name`.weight, plus `name`.bias where the file has one."""
-    product = L.ggml_mul_mat(batch.context, layer.weights[f"{name}.weight"], x)
-    bias = layer.weights.get(f"{name}.bias")
+    product = multiply(batch.context, layer.matrices[f"{name}.weight"], x)
+    bias = layer.vectors.get(f"{name}.bias")
     return product if bias is None else L.ggml_add(batch.context, product, bias)
 
 
@@ -154,11 +168,11 @@ def attention_then_swiglu(
     normalise_heads: bool = False,
 ) -> ggml.Tensor | None:
     """The pre-norm layer of llama and its relatives. Returns [D, num_outputs], or None where no output is wanted."""
-    normalised = rms_norm(shape, batch, x_DB, layer.weights["attn_norm.weight"])
+    normalised = rms_norm(shape, batch, x_DB, layer.vectors["attn_norm.weight"])
     query, key, value = project_heads(shape, batch, layer, normalised)
     if normalise_heads:
-        query = rms_norm(shape, batch, query, layer.weights["attn_q_norm.weight"])
-        key = rms_norm(shape, batch, key, layer.weights["attn_k_norm.weight"])
+        query = rms_norm(shape, batch, query, layer.vectors["attn_q_norm.weight"])
+        key = rms_norm(shape, batch, key, layer.vectors["attn_k_norm.weight"])
     key = rotate(shape, batch, layer, key, rope_mode=rope_mode)
     if num_outputs == 0:
         remember(batch, layer, key, value)
@@ -169,7 +183,7 @@ def attention_then_swiglu(
     remember(batch, layer, key, value)
     attended = attend(shape, batch, layer, query, num_outputs=num_outputs)
     middle = L.ggml_add(batch.context, attended, last_tokens(batch, x_DB, num_outputs))
-    normalised = rms_norm(shape, batch, middle, layer.weights["ffn_norm.weight"])
+    normalised = rms_norm(shape, batch, middle, layer.vectors["ffn_norm.weight"])
     return L.ggml_add(batch.context, swiglu(batch, layer, normalised), middle)
 
 

@@ -1,0 +1,135 @@
+"""Streamed weights give the bits of resident ones, read no more than they must, and fail in words."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shoal.compute.backend import Backend
+from shoal.compute.model import Model, matrix_names
+from shoal.compute.stage import Stage
+from shoal.compute.streaming import BLOCK_BYTES, Streaming, UncachedFile, room_bytes, row_runs
+from shoal.errors import BadModelFile
+from shoal.ids import LayerRange
+
+TinyModel = Callable[[str, str], Path]
+IDS = np.random.default_rng(5).integers(0, 500, 40).tolist()
+
+
+@contextmanager
+def opened(path: Path, streaming: Streaming | None) -> Iterator[Stage]:
+    model, backend = Model(path), Backend(num_threads=1)
+    layers = LayerRange(0, model.shape.num_layers)
+    stage = Stage(model, layers, backend, context=64, micro_batch=16, head=True, repack=False, streaming=streaming)
+    try:
+        yield stage
+    finally:
+        stage.close()
+        backend.close()
+        model.close()
+
+
+def logits(stage: Stage) -> Any:
+    """A prompt in micro-batches, of which only the last wants an output, then single tokens."""
+    rows = [stage.forward_tokens(IDS[first : first + 16], first, num_outputs=int(first == 16)).copy() for first in (0, 16)]
+    rows += [stage.forward_tokens([IDS[position]], position).copy() for position in range(32, 40)]
+    return np.concatenate([row.reshape(-1) for row in rows])
+
+
+def all_runs(path: Path) -> list[str]:
+    model = Model(path)
+    names = matrix_names(model, LayerRange(0, model.shape.num_layers), head=True)
+    runs = [run.name for name in names for run in row_runs(model.file.tensors[name])]
+    model.close()
+    return runs
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = row_runs.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "bytes_max", 24 * 1024)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_streamed_and_resident_weights_give_the_same_bits(tiny_model: TinyModel, architecture: str, every: int) -> None:
+    path = tiny_model(architecture, "Q4_0")
+    with opened(path, None) as stage:
+        expected = logits(stage)
+    for ring_bytes in (64 * 1024, 300 * 1024):
+        with opened(path, Streaming(frozenset(all_runs(path)[::every]), ring_bytes)) as stage:
+            assert np.array_equal(logits(stage), expected)
+
+
+def test_each_token_reads_the_streamed_bytes_once(tiny_model: TinyModel) -> None:
+    path = tiny_model("llama", "Q8_0")
+    with opened(path, Streaming(frozenset(all_runs(path)), 128 * 1024)) as stage:
+        assert stage.streamed is not None
+        per_token = sum(stage.streamed.num_bytes(name) for name in stage.streamed.names)
+        logits(stage)
+        passes = 2 + 8
+        assert passes * per_token <= stage.streamed.bytes_read <= passes * per_token + stage.streamed.ring_bytes
+
+
+def test_runs_of_rows_cover_a_matrix(tiny_model: TinyModel) -> None:
+    model = Model(tiny_model("llama", "Q4_0"))
+    for name in matrix_names(model, LayerRange(0, model.shape.num_layers), head=True):
+        info = model.file.tensors[name]
+        runs = row_runs(info)
+        assert runs[0].offset == info.offset
+        assert sum(run.num_bytes for run in runs) == info.num_bytes
+        assert sum(run.shape[1] for run in runs) == info.shape[1]
+        assert all(a.offset + a.num_bytes == b.offset for a, b in itertools.pairwise(runs))
+        assert all(room_bytes(run) % BLOCK_BYTES == 0 for run in runs)
+    model.close()
+
+
+def test_a_file_that_shrinks_is_an_error_not_a_crash(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("llama", "Q4_0")
+    path = tmp_path / "shrinking.gguf"
+    path.write_bytes(source.read_bytes())
+    runs = all_runs(path)
+    with opened(path, Streaming(frozenset(runs), 64 * 1024)) as stage:
+        stage.forward_tokens(IDS[:4], 0)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(BadModelFile, match=r"shrinking.gguf: reading at byte \d+ failed: the file ends at byte \d+"):
+            logits(stage)  # what the ring holds already is used first
+
+
+def test_a_ring_too_small_is_refused(tiny_model: TinyModel) -> None:
+    path = tiny_model("llama", "Q4_0")
+    too_small = opened(path, Streaming(frozenset(all_runs(path)), 8192))
+    with pytest.raises(ValueError, match=r"a ring of 8192 bytes cannot hold"):
+        too_small.__enter__()
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+def test_where_direct_reads_are_refused_others_serve(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, has_preadv: bool
+) -> None:
+    path = tiny_model("llama", "Q4_0")
+    with opened(path, None) as stage:
+        expected = logits(stage)
+    real_open = os.open
+
+    def refuse_direct(path: Any, flags: int, *rest: Any) -> int:
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(22, "Invalid argument")
+        return real_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv")
+    file = UncachedFile(path)
+    assert file.mode in ("nocache", "dontneed")
+    file.close()
+    with opened(path, Streaming(frozenset(all_runs(path)), 128 * 1024)) as stage:
+        assert np.array_equal(logits(stage), expected)
