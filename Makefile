@@ -1,13 +1,17 @@
 # Two commands do everything: `make demo` (install, model, run) and `make check` (all that CI runs).
 BIN := .venv/bin
+BENCHMARKS := single hop model-write lab api core
 
-.PHONY: help demo check check-full lint test bench-single bench-hop clean
+.PHONY: help demo check check-full lint test swarm api-table pages clean $(BENCHMARKS:%=bench-%)
 
 help:
 	@echo "make demo         three devices on this machine answer a prompt"
 	@echo "make check        everything CI runs, in minutes"
 	@echo "make check-full   the long tests too"
-	@echo "make bench-NAME   single, hop; QUICK=1 takes less than a minute"
+	@echo "make swarm        SEEDS=10000 simulated clusters with faults, FIRST=0; all cores"
+	@echo "make bench-NAME   $(BENCHMARKS); QUICK=1 takes less than a minute"
+	@echo "make api-table    docs/api.md anew, from the tests of the API"
+	@echo "make pages        docs/protocols anew, from the tables in the code"
 	@echo "make clean        remove what these commands made"
 
 demo:
@@ -27,12 +31,24 @@ test:
 	@scripts/install dev
 	$(BIN)/pytest -m "not full"
 
+api-table:
+	@scripts/install dev
+	$(BIN)/python -m tests.serving.support_table
+
+pages:
+	@scripts/install dev
+	$(BIN)/python -m shoal.lab.protocol_pages docs/protocols
+
 check-full: lint
 	$(BIN)/pytest
 
-bench-single bench-hop:
+$(BENCHMARKS:%=bench-%):
 	@scripts/install dev
-	@$(BIN)/python -m benchmarks.$(@:bench-%=%)
+	@$(BIN)/python -m benchmarks.$(subst -,_,$(@:bench-%=%))
+
+swarm:
+	@scripts/install dev
+	@$(BIN)/python -m shoal.simulation.swarm --seeds $(or $(SEEDS),10000) --first $(or $(FIRST),0)
 
 clean:
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

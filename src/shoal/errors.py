@@ -9,6 +9,7 @@
       RequestError                  the request cannot be answered as it stands
         ContextExceeded             prompt and answer are longer than the context
         TemplateError               the model's chat template refuses these messages
+      CannotWrite                   a file cannot be written: no room, no such folder, no permission
       DeviceError                   about a device
         DeviceUnreachable           no connection, or it was lost
         DeviceRefused               it answered, and the answer was no
@@ -18,6 +19,8 @@
         RemoteProtocolError         the peer sent what the protocol forbids
         LinkClosed                  the peer closed the connection
         AddressInUse                another program listens there
+      LabError                      about a cluster played on this machine
+        LabUnavailable              this machine lacks what playing one takes
 
 A caller's bad argument is a ValueError, our own broken invariant an AssertionError; neither belongs here.
 """
@@ -61,6 +64,10 @@ class TemplateError(RequestError):
     """The model's chat template refuses these messages."""
 
 
+class CannotWrite(ShoalError):
+    """A file cannot be written: no room, no such folder, no permission, or one that must not be replaced."""
+
+
 class DeviceError(ShoalError):
     """Something about a device."""
 
@@ -95,3 +102,11 @@ class LinkClosed(LinkError):
 
 class AddressInUse(LinkError):
     """Another program listens on that address."""
+
+
+class LabError(ShoalError):
+    """Something about a cluster that is played on this machine."""
+
+
+class LabUnavailable(LabError):
+    """This machine lacks what playing a cluster takes: Linux, root, namespaces, control groups."""

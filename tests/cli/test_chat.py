@@ -29,7 +29,7 @@ def read_until(terminal: int, text: str, *, timeout_s: float = 20.0) -> str:
 
 
 def test_a_chat_remembers_is_stopped_and_is_left(tiny_model: TinyModel) -> None:
-    model = tiny_model("llama", "Q4_K")
+    model = tiny_model("qwen2", "Q4_K")  # which says 2,000 tokens before it ends
     ours, theirs = pty.openpty()
     arguments = ["run", str(model), f"--models={model.parent}", "--temperature=0", "--threads=1", "-v"]
     process = subprocess.Popen(

@@ -44,7 +44,7 @@ def test_help_names_every_verb_and_is_quick() -> None:
         started_s = time.perf_counter()
         result = shoal("--help")
         times.append(time.perf_counter() - started_s)
-    for verb in ("up", "run", "status", "demo"):
+    for verb in ("up", "run", "serve", "status", "demo"):
         assert verb in result.stdout
         assert shoal(verb, "--help").returncode == 0
     assert shoal("--version").stdout == f"shoal {__version__}\n"

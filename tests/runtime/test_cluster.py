@@ -74,7 +74,9 @@ async def _cut_off(devices: Cluster, model: Path, victim: int) -> tuple[float, S
             devices.workers(victim)[0].send_signal(signal.SIGKILL)
 
     with pytest.raises(WorkerLost) as caught:
-        await devices.ask(request(model, tokens=100_000, options=EngineOptions(context=2048)), on_text=kill)
+        await devices.ask(
+            request(model, tokens=100_000, options=EngineOptions(context=2048, layer_counts=[1, 1, 1])), on_text=kill
+        )
     return time.monotonic() - killed_s[0], caught.value
 
 

@@ -70,7 +70,7 @@ async def agent_address(wanted: str | None, own_arguments: list[str]) -> AsyncIt
     if wanted is not None:
         yield wanted
         return
-    if not own_arguments and await _answers("127.0.0.1", DEFAULT_PORT):
+    if not own_arguments and await answers("127.0.0.1", DEFAULT_PORT):
         yield f"127.0.0.1:{DEFAULT_PORT}"
         return
     agent = await OwnAgent.start(own_arguments)
@@ -86,7 +86,8 @@ async def open_channel(address: str) -> Channel:
     return await connect(host, port)
 
 
-async def _answers(host: str, port: int) -> bool:
+async def answers(host: str, port: int) -> bool:
+    """Whether an agent is there."""
     try:
         channel = await connect(host, port)
     except DeviceUnreachable:

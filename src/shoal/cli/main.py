@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 DEFAULT_AGENT = "127.0.0.1:7433"
+DEFAULT_HTTP = "127.0.0.1:8080"
 
 Listen = Annotated[str, typer.Option(help="Address to listen on, HOST:PORT; port 0 takes a free one.", metavar="ADDRESS")]
 Peers = Annotated[
@@ -130,6 +131,85 @@ def run(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(help="Models to load and keep: paths, owner/repo[:QUANT] or names. None serves all that are found."),
+    ] = None,
+    listen: Annotated[str, typer.Option(help="Address of the HTTP API, HOST:PORT.", metavar="ADDRESS")] = DEFAULT_HTTP,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that clients must send; needed on any address but loopback.", envvar="SHOAL_API_KEY"),
+    ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(help=f"Use the agent at this address; {DEFAULT_AGENT} if one runs there.", metavar="ADDRESS"),
+    ] = None,
+    agent_listen: Annotated[
+        str | None, typer.Option(help=f"Address of the agent that is started here; {DEFAULT_AGENT}.", metavar="ADDRESS")
+    ] = None,
+    peer: Peers = None,
+    models: Models = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = None,
+    name: Name = None,
+    context: Annotated[int | None, typer.Option(min=16, help="Tokens of prompt and answer together; 4096.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
+    ] = None,
+    repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
+    keep_alive: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Seconds without a request after which a model is unloaded; named ones stay.", metavar="SECONDS"
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for one model; more are sent away.")] = 256,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name of this machine that clients use; repeat for more.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages that may use the API, http://HOST[:PORT] or *; repeat for more.")
+    ] = None,
+    json: Json = False,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+) -> None:
+    """Serve models to any program written for OpenAI's API. Ctrl-C leaves."""
+    from shoal.cli import serve as verb
+    from shoal.cli.run import parse_counts
+    from shoal.cli.up import agent_options
+    from shoal.runtime.channel import split_address
+    from shoal.runtime.messages import EngineOptions
+
+    host, port = split_address(listen, default_port=verb.DEFAULT_PORT)
+    own_agent = agent_listen or peer or models or memory or name
+    verb.serve(
+        verb.Settings(
+            host=host,
+            port=port,
+            models=model or [],
+            agent=agent_options(agent_listen or DEFAULT_AGENT, peer or [], models or [], memory, threads, device, name),
+            attach=verb.agent_of(agent, may_find=not own_agent),
+            engine=EngineOptions(
+                context=context,
+                layer_counts=parse_counts(layers),
+                num_threads=threads,
+                compute_device=device,
+                repack=repack,
+            ),
+            api_keys=api_key or [],
+            hosts=allow_host or [],
+            origins=allow_origin or [],
+            keep_alive_s=keep_alive,
+            queue_max=queue,
+            as_json=json,
+            until_eof=until_eof,
+        )
+    )
+
+
+@app.command()
 def status(agent: AgentAddress = None, json: Json = False) -> None:
     """Devices, what they have and what they hold."""
     from shoal.cli import status as verb
@@ -150,6 +230,148 @@ def demo(
     from shoal.cli import demo as verb
 
     verb.demo(prompt, num_devices=devices, max_tokens=max_tokens, model=model, num_threads=threads, as_json=json)
+
+
+lab_app = typer.Typer(
+    name="lab",
+    help="Play a whole cluster on this machine (shaped links, memory caps, faults: Linux, root), and make models for it.",
+    no_args_is_help=True,
+)
+app.add_typer(lab_app)
+
+
+@lab_app.command("model")
+def lab_model(
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.", metavar="OUT")],
+    like: Annotated[str, typer.Option(help="Whose shape: llama-3-70b, qwen3-8b, smollm2-360m, ...", metavar="NAME")],
+    layers: Annotated[int | None, typer.Option(min=1, max=4096, help="How many layers; all if not given.")] = None,
+    quant: Annotated[
+        str, typer.Option(help="Q4_K_M, Q6_K, Q8_0, F16, ... as llama.cpp's quantiser.", metavar="TYPE")
+    ] = "Q4_K_M",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    vocabulary: Annotated[
+        int | None, typer.Option(min=1, max=1 << 20, help="How many tokens; as many as the model's if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model with random weights that has the shape, size and speed of a real one."""
+    from shoal.cli import lab_model as verb
+
+    verb.model(out, like=like, layers=layers, quant=quant, seed=seed, vocabulary=vocabulary, force=force, as_json=json)
+
+
+ScenarioName = Annotated[str, typer.Argument(help="A scenario of `shoal lab list`, or a .toml file.", metavar="SCENARIO")]
+LabSeed = Annotated[int | None, typer.Option(min=0, help="Of losses, jitter and redraws; the scenario's own if not given.")]
+Scale = Annotated[float | None, typer.Option(help="Factor of every device's memory and disk rate, such as 0.01.")]
+Seconds = Annotated[float | None, typer.Option(help="End after that long, whatever happens.")]
+LabId = Annotated[str | None, typer.Option("--lab", help="Which lab, where several are up.")]
+
+
+@lab_app.command("list")
+def lab_list(json: Json = False) -> None:
+    """The scenarios that come with shoal."""
+    from shoal.cli import lab as verb
+
+    verb.list_scenarios(as_json=json)
+
+
+@lab_app.command("run")
+def lab_run(
+    scenario: ScenarioName,
+    seed: LabSeed = None,
+    scale: Scale = None,
+    seconds: Seconds = None,
+    model: Annotated[Path | None, typer.Option(help="Run shoal itself on the devices, with this .gguf file.")] = None,
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue? Answer in two sentences.",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    layers: Annotated[str | None, typer.Option(help="Layers per device by hand: 10,10,10.", metavar="COUNTS")] = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Run a scenario to its end, report what was measured, and take it down."""
+    from shoal.cli import lab as verb
+
+    verb.run(
+        verb.prepared(scenario, scale=scale, seconds=seconds),
+        seed=seed,
+        as_json=json,
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        layers=layers,
+        threads=threads,
+    )
+
+
+@lab_app.command("up")
+def lab_up(
+    scenario: ScenarioName,
+    seed: LabSeed = None,
+    scale: Scale = None,
+    hours: Annotated[float, typer.Option(min=0.001, max=24, help="End it after that long.")] = 12.0,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return as soon as it stands.")] = False,
+) -> None:
+    """Keep a scenario's cluster open; its commands and its timeline run. Ctrl-C or `shoal lab down` ends it."""
+    from shoal.cli import lab as verb
+
+    arguments = [scenario, f"--hours={hours}"]
+    arguments += [f"--seed={seed}"] if seed is not None else []
+    arguments += [f"--scale={scale}"] if scale is not None else []
+    verb.up(verb.prepared(scenario, scale=scale, seconds=hours * 3600), seed=seed, detach=detach, arguments=arguments)
+
+
+@lab_app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def lab_exec(
+    device: Annotated[str, typer.Argument(help="A device of the lab.")],
+    command: Annotated[list[str], typer.Argument(help="What to run there, with its arguments.")],
+    lab: LabId = None,
+) -> None:
+    """Run a command on a device of a lab that is up."""
+    from shoal.cli import lab as verb
+
+    verb.execute_in(device, command, lab=lab)
+
+
+@lab_app.command("links")
+def lab_links(lab: LabId = None, json: Json = False) -> None:
+    """What the links are like now, and what has passed."""
+    from shoal.cli import lab as verb
+
+    verb.links(lab=lab, as_json=json)
+
+
+@lab_app.command("down")
+def lab_down(lab: LabId = None) -> None:
+    """End a lab that is up."""
+    from shoal.cli import lab as verb
+
+    verb.down(lab=lab)
+
+
+@lab_app.command("clean")
+def lab_clean() -> None:
+    """Remove what a lab that was killed has left, and old logs. Labs that are up are left alone."""
+    from shoal.cli import lab as verb
+
+    verb.clean()
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A name, a file, 'churn' or 'seed'; without it, they are listed.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="For churn: how many devices, up to 1000; 100.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="For churn: simulated seconds; 60.")] = None,
+    changes: Annotated[float | None, typer.Option(min=0.0, help="For churn: devices that come or go per second; 2.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another story; the same is the same.")] = None,
+    json: Json = False,
+) -> None:
+    """Let simulated devices join, fail and agree, and say what happened."""
+    from shoal.cli import simulate as verb
+
+    verb.simulate(scenario, devices=devices, seconds=seconds, changes=changes, seed=seed, as_json=json)
 
 
 def _own_agent_arguments(peer: list[str] | None, models: list[Path] | None, memory: str | None) -> list[str]:

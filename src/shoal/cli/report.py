@@ -37,6 +37,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
                 "layers": [stage.first, stage.stop],
                 "threads": stage.num_threads,
                 "memory_bytes": stage.memory_bytes,
+                "streamed_bytes": stage.streamed_bytes,
                 "head": stage.head,
                 "compute_s": time.compute_s if time else 0.0,
                 "wait_s": time.wait_s if time else 0.0,
@@ -56,7 +57,7 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
         title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
         f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}",
         title_justify="left",
-        caption="per token, medians: computing, waiting for the others, sending and receiving",
+        caption="per token: weights read from disk; medians of computing, waiting for the others, sending and receiving",
         caption_justify="left",
         box=None,
     )  # fmt: skip

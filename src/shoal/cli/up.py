@@ -63,11 +63,16 @@ async def _serve(options: AgentOptions, *, as_json: bool, until_eof: bool) -> No
         with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C arrives as KeyboardInterrupt
             loop.add_signal_handler(number, ended.set)
     if until_eof:
-        threading.Thread(target=_call_at_eof, args=(loop, ended.set), daemon=True).start()
+        watch_eof(loop, ended.set)
     try:
         await ended.wait()
     finally:
         await agent.stop()
+
+
+def watch_eof(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Calls `call` on the loop once standard input ends."""
+    threading.Thread(target=_call_at_eof, args=(loop, call), daemon=True).start()
 
 
 def _call_at_eof(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

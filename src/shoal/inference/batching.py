@@ -43,7 +43,7 @@ def plan_prefill(
     """Plans the prefill of `token_ids` over a cache that holds `kept_ids`.
 
     Args:
-        num_answer: tokens that the answer must have room for, at least 1.
+        num_answer: tokens that the answer must have room for; 0 where the prompt itself is what is asked about.
 
     Raises:
         ValueError: no tokens at all.

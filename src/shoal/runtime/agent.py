@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,32 @@ from shoal.runtime.deployment import LOAD_TIMEOUT_S, Engine, LeasedMember, OwnMe
 from shoal.runtime.errors_by_name import failure
 from shoal.runtime.messages import (
     MESSAGE_BYTES_MAX,
+    ApplyTemplate,
     AskStatus,
     AskSurvey,
+    Detokenize,
     DeviceStatus,
+    Embed,
     EngineLost,
     EngineOptions,
     Generate,
     Hello,
+    ListModels,
+    LoadModel,
     Message,
     ModelFile,
+    Models,
     Progress,
     StartWorker,
     Status,
     Survey,
+    Tokenize,
+    Unloaded,
+    UnloadModel,
 )
 from shoal.runtime.model_store import ModelStore
 from shoal.runtime.profile import num_physical_cores, usable_memory_bytes
+from shoal.runtime.text_workers import TextWorkers
 from shoal.runtime.worker_process import WorkerProcess
 from shoal.transport.link import listen
 
@@ -59,6 +69,12 @@ GREETING_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 256
 _ENGINES_MAX = 8
+
+Request = Generate | Embed | LoadModel | UnloadModel | ListModels | Tokenize | Detokenize | ApplyTemplate
+REQUESTS = (Generate, Embed, LoadModel, UnloadModel, ListModels, Tokenize, Detokenize, ApplyTemplate)
+"""What `Agent.serve` answers."""
+
+Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class Agent:
         self._device = DeviceId(options.name)
         self._store = ModelStore(list(options.model_folders))
         self._engines: dict[tuple[ModelHash, bytes], Engine] = {}
+        self._texts = TextWorkers()
         self._deploying = asyncio.Lock()
         self._counters = _Counters()
         self._server: asyncio.Server | None = None
@@ -112,7 +129,7 @@ class Agent:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(engine.close() for engine in self._engines.values()))
+        await asyncio.gather(self._texts.close(), *(engine.close() for engine in self._engines.values()))
         self._engines.clear()
 
     # ---- conversations
@@ -131,11 +148,11 @@ class Agent:
             await self._converse(channel)
         except RemoteProtocolError as error:
             self._counters.refused_frames += 1
-            await _try_send(channel, failure(error))
+            await _try_send(channel.send, failure(error))
         except (LinkError, asyncio.CancelledError):
             pass
         except ShoalError as error:
-            await _try_send(channel, failure(error))
+            await _try_send(channel.send, failure(error))
         finally:
             self._tasks.discard(task)
             await channel.close()
@@ -150,13 +167,37 @@ class Agent:
                 await channel.send(await self._survey(request.model))
             elif isinstance(request, AskStatus):
                 await channel.send(await self._status())
-            elif isinstance(request, Generate):
-                await self._while_connected(channel, self._generate(channel, request))
+            elif isinstance(request, REQUESTS):
+                await self._while_connected(channel, self.serve(request, channel.send))
             elif isinstance(request, StartWorker):
                 await self._lease(channel, request)
                 return
             else:
                 raise RemoteProtocolError(f"{channel.peer} sent {type(request).__name__}, which is no request")
+
+    async def serve(self, request: Request, send: Send) -> None:
+        """Answers one request of a client, near or far, by calling `send`; failures are `Failed`. Cancel it to stop."""
+        try:
+            match request:
+                case Generate() | Embed():
+                    await self._answer(request, send)
+                case LoadModel():
+                    await send((await self._engine_for(request, send)).description)
+                case UnloadModel():
+                    await self._unload(request)
+                    await send(Unloaded())
+                case ListModels():
+                    await send(Models(await asyncio.to_thread(self._store.entries)))
+                case Tokenize() | Detokenize() | ApplyTemplate():
+                    path = await asyncio.to_thread(self._store.resolve, request.model)
+                    await send(await self._texts.ask(path, request))
+        except LinkError:
+            raise
+        except WorkerLost as error:
+            await self._sweep()
+            await _try_send(send, failure(WorkerLost(f"the answer was cut off: {error}; ask again")))
+        except (ShoalError, ValueError) as error:
+            await _try_send(send, failure(error))
 
     async def _while_connected(self, channel: Channel, work: Coroutine[Any, Any, None]) -> None:
         """Runs `work`; cancels it when the other side hangs up or speaks out of turn."""
@@ -217,35 +258,32 @@ class Agent:
 
     # ---- as the head
 
-    async def _generate(self, channel: Channel, request: Generate) -> None:
-        try:
-            engine = await self._engine_for(request, channel)
-            await channel.send(engine.description)
-            async with contextlib.aclosing(engine.answer(request)) as messages:
-                async for message in messages:
-                    await channel.send(message)
-        except LinkError:
-            raise
-        except WorkerLost as error:
-            await self._sweep()
-            await _try_send(channel, failure(WorkerLost(f"the answer was cut off: {error}; ask again")))
-        except (ShoalError, ValueError) as error:
-            await _try_send(channel, failure(error))
+    async def _answer(self, request: Generate | Embed, send: Send) -> None:
+        engine = await self._engine_for(request, send)
+        await send(engine.description)
+        async with contextlib.aclosing(engine.answer(request)) as messages:
+            async for message in messages:
+                await send(message)
 
-    async def _engine_for(self, request: Generate, channel: Channel) -> Engine:
-        async def report(progress: Progress) -> None:
-            await channel.send(progress)
+    async def _unload(self, request: UnloadModel) -> None:
+        path = self._store.resolve(request.model)
+        model = await asyncio.to_thread(self._store.identify, path)
+        engine = self._engines.pop(_engine_key(model, request.options), None)
+        if engine is not None:
+            await engine.close_when_idle()
 
+    async def _engine_for(self, request: Generate | Embed | LoadModel, report: Send) -> Engine:
         path = self._store.resolve(request.model)
         await report(Progress(f"reading {path.name}"))
         model = await asyncio.to_thread(self._store.identify, path)
-        key = (model.hash, msgspec.json.encode(request.options))
+        key = _engine_key(model, request.options)
         async with self._deploying:
             await self._sweep()
             if key not in self._engines:
                 while len(self._engines) >= _ENGINES_MAX:
                     await self._engines.pop(next(iter(self._engines))).close()
-                engine = await self._deploy(path, model, request.options, report)
+                may_stream = not isinstance(request, LoadModel) or request.may_stream
+                engine = await self._deploy(path, model, request.options, report, may_stream=may_stream)
                 self._engines[key] = engine
                 self._keep(self._close_when_lost(engine))
             return self._engines[key]
@@ -267,7 +305,9 @@ class Agent:
                 del self._engines[key]
                 await engine.close()
 
-    async def _deploy(self, path: Path, model: ModelFile, options: EngineOptions, report: Any) -> Engine:
+    async def _deploy(
+        self, path: Path, model: ModelFile, options: EngineOptions, report: Any, *, may_stream: bool
+    ) -> Engine:
         options = msgspec.structs.replace(
             options,
             num_threads=options.num_threads or self._options.num_threads,
@@ -296,6 +336,7 @@ class Agent:
             model=model,
             options=options,
             memory_bytes=memory_bytes,
+            may_stream=may_stream,
             report=report,
         )
 
@@ -378,16 +419,20 @@ async def _relay(channel: Channel, worker: WorkerProcess) -> None:
     except LinkClosed:
         pass
     except WorkerLost as error:
-        await _try_send(channel, EngineLost(str(error)))
+        await _try_send(channel.send, EngineLost(str(error)))
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _try_send(channel: Channel, message: Message) -> None:
+async def _try_send(send: Send, message: Message) -> None:
     with contextlib.suppress(LinkClosed):
-        await channel.send(message)
+        await send(message)
+
+
+def _engine_key(model: ModelFile, options: EngineOptions) -> tuple[ModelHash, bytes]:
+    return model.hash, msgspec.json.encode(options)
 
 
 def default_name() -> str:

@@ -13,17 +13,38 @@ from typing import Any, Literal
 import numpy as np
 
 from shoal.errors import RequestError
-from shoal.inference.batching import PrefillPlan, plan_prefill
-from shoal.runtime.messages import Delta, Finished, Generate, Message, Progress, Sampling, StageTimes
+from shoal.inference.batching import MicroBatch, PrefillPlan, plan_prefill
+from shoal.runtime.messages import (
+    Accepted,
+    Delta,
+    Embed,
+    Embedded,
+    Finished,
+    Generate,
+    Message,
+    Progress,
+    PromptScores,
+    Sampling,
+    StageTimes,
+    TokenScore,
+    ToolCallDelta,
+)
 from shoal.runtime.ring import RingHead
-from shoal.text.sampler import Sampler, SamplingParameters
+from shoal.runtime.texts import ModelTexts, PromptIds
+from shoal.text.answer_parser import AnswerParser, Parts
+from shoal.text.grammar import GrammarEngine, GrammarState, GrammarWriter
+from shoal.text.pooling import Pooling
+from shoal.text.sampler import Sampler, SamplingParameters, logprobs
 from shoal.text.streaming import StopFilter, TextStream
-from shoal.text.template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.transport.framing import StageTiming
 
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 Emit = Callable[[Message], None]
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
+SCORED_BYTES_MAX = 64 << 20
+"""Logits of one micro-batch when every token of the prompt is scored; its size is chosen so."""
 
 
 class Conversation:
@@ -48,33 +69,103 @@ class Conversation:
         self._micro_batch = micro_batch
         self._emit = emit
         self._is_cancelled = is_cancelled
-        self._tokenizer = Tokenizer.from_metadata(metadata)
-        self._template = ChatTemplate.from_metadata(metadata, self._tokenizer)
+        self._texts = ModelTexts(metadata)
+        self._tokenizer = self._texts.tokenizer
+        self._grammars = GrammarEngine(self._tokenizer)
+        self._metadata = metadata
         self._cached_ids: list[int] = []
 
     def answer(self, request: Generate) -> Finished:
         """Answers one request.
 
         Raises:
-            RequestError: no template, a template that refuses, or a context that is too small.
+            RequestError: no template, a template that refuses, a schema that cannot be enforced, a context too small.
             LinkError: a device of the ring is gone.
             ValueError: parameters out of range.
         """
-        prompt_ids = self._prompt_ids(request)
-        plan = plan_prefill(self._cached_ids, prompt_ids, micro_batch=self._micro_batch, context=self._context, num_answer=1)
-        sampler = Sampler(_parameters(request.sampling), vocab_size=self._tokenizer.vocab_size, prompt_ids=prompt_ids)
-        answer = _Answer(self._tokenizer, sampler, request, prompt_ids, plan.num_kept, emit=self._emit)
+        prompt = self._texts.read_prompt(request)
+        plan = self._plan(request, prompt.ids)
+        sampler = Sampler(_parameters(request.sampling), vocab_size=self._tokenizer.vocab_size, prompt_ids=prompt.ids)
+        grammar = self._grammar(request, prompt)
+        answer = _Answer(self._texts, sampler, request, prompt, plan.num_kept, grammar=grammar, emit=self._emit)
+        self._emit(
+            Accepted(
+                prompt_tokens=len(prompt.ids),
+                cached_tokens=plan.num_kept,
+                prompt_text=self._tokenizer.decode(prompt.ids) if request.echo else "",
+            )
+        )
         # Until the prefill has ended, only what was there before is surely in every device's cache.
         self._cached_ids = self._cached_ids[: plan.num_kept]
         started_s = time.perf_counter()
-        logits_V = self._prefill(prompt_ids, plan)
+        logits_V = self._prefill(prompt.ids, plan, top_scored=request.prompt_logprobs)
         prefill_s = time.perf_counter() - started_s
         if logits_V is None:
             return answer.finish("cancelled", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(0))
-        self._cached_ids = list(prompt_ids)
+        self._cached_ids = list(prompt.ids)
+        if request.max_tokens == 0:
+            return answer.finish("length", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(0))
         return self._decode(answer, logits_V, prefill_s)
 
-    def _decode(self, answer: _Answer, logits_V: np.ndarray[Any, np.dtype[np.float32]], prefill_s: float) -> Finished:
+    def embed(self, request: Embed) -> Embedded:
+        """Turns a text into a vector.
+
+        Raises:
+            RequestError: the model gives none, or the text is longer than the context.
+            LinkError: a device of the ring is gone.
+        """
+        pooling = Pooling.from_metadata(self._metadata)
+        if pooling is None:
+            raise RequestError(
+                "model: this model's file names no pooling (pooling_type), so it was not made for embeddings: "
+                "use one that was, such as Qwen3-Embedding"
+            )
+        if request.token_ids is not None:
+            ids = self._texts.check(request.token_ids, field="input")
+        else:
+            ids = self._tokenizer.encode(request.text or "", add_special=True)
+        plan = plan_prefill([], ids, micro_batch=self._micro_batch, context=self._context, num_answer=0)
+        self._cached_ids = []
+        sums = pooling.start()
+        done = self._head.prefill(
+            ids,
+            plan.batches,
+            progress=lambda _: not self._is_cancelled(),
+            scored=lambda batch, hidden_BD: sums.add(hidden_BD, is_last=batch.stop == len(ids)),
+            wants_hidden=True,
+        )
+        if done is None:
+            raise RequestError("the request was cancelled")
+        self._cached_ids = ids
+        return Embedded(sums.vector().astype("<f4").tobytes(), len(ids))
+
+    def _plan(self, request: Generate, ids: Sequence[int]) -> PrefillPlan:
+        num_answer = 0 if request.max_tokens == 0 else 1
+        if request.prompt_logprobs is None:
+            kept, micro_batch = self._cached_ids, self._micro_batch
+        else:
+            # Every token is computed, in pieces whose logits fit.
+            rows = SCORED_BYTES_MAX // (4 * self._tokenizer.vocab_size)
+            kept, micro_batch = [], max(1, min(self._micro_batch, rows))
+        return plan_prefill(kept, ids, micro_batch=micro_batch, context=self._context, num_answer=num_answer)
+
+    def _grammar(self, request: Generate, prompt: PromptIds) -> GrammarState | None:
+        calls = bool(request.tools) and request.tool_choice != "none"
+        if not calls and not request.json_schema:
+            return None
+        writer = GrammarWriter(self._tokenizer, self._texts.dialect, in_reasoning=prompt.in_reasoning)
+        if request.json_schema:
+            return self._grammars.start(writer.json(request.json_schema))
+        return self._grammars.start(
+            writer.calls(
+                request.tools,
+                is_required=request.tool_choice == "required",
+                name=request.tool_name,
+                parallel=request.parallel_tool_calls,
+            )
+        )
+
+    def _decode(self, answer: _Answer, logits_V: Logits, prefill_s: float) -> Finished:
         head, ids = self._head, self._cached_ids
         times = _StepTimes(head.num_hops)
         started_s = step_s = time.perf_counter()
@@ -93,31 +184,27 @@ class Conversation:
             times.add(now_s - step_s, timings)
             step_s = now_s
 
-    def _prefill(self, ids: Sequence[int], plan: PrefillPlan) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    def _prefill(self, ids: Sequence[int], plan: PrefillPlan, *, top_scored: int | None) -> Logits | None:
         def progress(num_done: int) -> bool:
             if len(plan.batches) > 1:
                 self._emit(Progress("reading the prompt", num_done, len(ids)))
             return not self._is_cancelled()
 
-        return self._head.prefill(ids, plan.batches, progress=progress)
+        def score(batch: MicroBatch, logits_BV: Logits) -> None:
+            # A row's logits are the next token's; the first token of all has none.
+            scores = [] if batch.first else [TokenScore(self._tokenizer.token_bytes(ids[0]), None)]
+            following = ids[batch.first + 1 : batch.stop + 1]
+            rows = zip(logits_BV, following, strict=False)  # nothing follows the last row
+            scores += [_score(self._tokenizer, row_V, token_id, top_scored or 0) for row_V, token_id in rows]
+            self._emit(PromptScores(scores))
 
-    def _prompt_ids(self, request: Generate) -> list[int]:
-        if request.token_ids is not None:
-            return self._checked(request.token_ids)
-        if request.messages is None:
-            return self._tokenizer.encode(request.prompt or "", add_special=True)
-        if self._template is None:
-            raise RequestError("this model has no chat template: it continues texts (`--raw`) but holds no conversation")
-        messages = [{"role": message.role, "content": message.content} for message in request.messages]
-        text = self._template.render(messages, add_generation_prompt=True, **request.template_arguments)
-        return self._tokenizer.encode(text, add_special=False)
+        scored = None if top_scored is None else score
+        return self._head.prefill(ids, plan.batches, progress=progress, scored=scored)
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
-        size = self._tokenizer.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < size:
-                raise RequestError(f"token id {token_id} is outside the vocabulary of {size}")
-        return list(token_ids)
+
+def _score(tokenizer: Tokenizer, logits_V: Logits, token_id: int, top: int) -> TokenScore:
+    logprob, best = logprobs(logits_V, token_id, top)
+    return TokenScore(tokenizer.token_bytes(token_id), logprob, [(tokenizer.token_bytes(i), value) for i, value in best])
 
 
 class _Answer:
@@ -125,44 +212,60 @@ class _Answer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        texts: ModelTexts,
         sampler: Sampler,
         request: Generate,
-        prompt_ids: Sequence[int],
+        prompt: PromptIds,
         num_cached: int,
         *,
+        grammar: GrammarState | None,
         emit: Emit,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = texts.tokenizer
         self._sampler = sampler
         self._request = request
-        self._num_prompt = len(prompt_ids)
+        self._num_prompt = len(prompt.ids)
         self._num_cached = num_cached
+        self._grammar = grammar
         self._emit = emit
-        self._text = TextStream(tokenizer, continues_text=request.messages is None)
+        self._parser: AnswerParser | None = None
+        with_tools = bool(request.tools) and request.tool_choice != "none"
+        if request.structured and (texts.dialect.reasoning is not None or with_tools):
+            self._parser = AnswerParser(texts.dialect, in_reasoning=prompt.in_reasoning, with_tools=with_tools)
+        shown_ids = texts.mark_ids if self._parser is not None else frozenset()
+        self._text = TextStream(texts.tokenizer, continues_text=request.messages is None, shown_ids=shown_ids)
         self._stops = StopFilter(request.stop)
         self._ids: list[int] = []
         self._best_ids: list[int] = []
         self._best_gaps: list[float] = []
+        self._num_reasoning = 0
         self._digest = hashlib.blake2b(digest_size=16) if request.digest else None
         self._stopped = False
         self._unread: int | None = None
         self._unshown: Delta | None = None
+        self._logits_V: Logits | None = None
 
-    def choose(self, logits_V: np.ndarray[Any, np.dtype[np.float32]]) -> tuple[int, Literal["stop", "length"] | None]:
+    def choose(self, logits_V: Logits) -> tuple[int, Literal["stop", "length"] | None]:
         """The next token, and why the answer ends with it, if it does."""
         request = self._request
         if self._digest is not None:
             self._digest.update(logits_V.tobytes())
         if request.forced_ids:
             token_id = self._follow(logits_V)
-        else:
+        elif self._grammar is None:
             token_id = self._sampler.sample(logits_V)
+        else:
+            token_id = self._sampler.sample(logits_V, allowed=self._grammar.allowed())
         self._sampler.accept(token_id)
         if token_id in self._tokenizer.eog_ids and not request.ignore_end and not request.forced_ids:
             return token_id, "stop"
         self._ids.append(token_id)
         self._unread = token_id
+        self._logits_V = logits_V
+        if self._grammar is not None:
+            self._grammar.accept(token_id)
+            if self._grammar.is_complete:
+                return token_id, "stop"
         if request.stop:
             # Only a stop string needs the text before the next token is under way.
             self._read()
@@ -171,7 +274,7 @@ class _Answer:
         limit = len(request.forced_ids) or request.max_tokens
         return token_id, "length" if limit is not None and len(self._ids) >= limit else None
 
-    def _follow(self, logits_V: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+    def _follow(self, logits_V: Logits) -> int:
         second, best = np.argpartition(logits_V, -2)[-2:]
         self._best_ids.append(int(np.argmax(logits_V)))
         self._best_gaps.append(float(logits_V[best] - logits_V[second]))
@@ -179,27 +282,43 @@ class _Answer:
 
     def _read(self) -> None:
         """Turns the last token into text."""
-        if self._unread is not None:
-            text, self._stopped = self._stops.push(self._text.push(self._unread))
-            self._unshown = Delta(text=text, token_id=self._unread)
-            self._unread = None
+        if self._unread is None:
+            return
+        token_id, self._unread = self._unread, None
+        text, self._stopped = self._stops.push(self._text.push(token_id))
+        score = None
+        if self._request.logprobs is not None and self._logits_V is not None:
+            score = _score(self._tokenizer, self._logits_V, token_id, self._request.logprobs)
+        if self._parser is None:
+            self._unshown = Delta(text=text, token_id=token_id, score=score)
+            return
+        self._num_reasoning += self._parser.is_reasoning
+        parts = self._parser.push(text)
+        self._unshown = Delta(parts.content, token_id, parts.reasoning, _call_deltas(parts), score)
 
     def show(self) -> None:
-        """Tells the client of the last token, while the next one is computed elsewhere."""
+        """What can be done while the next token is computed elsewhere: tell the client of the last one."""
         self._read()
         if self._unshown is not None:
             self._emit(self._unshown)
             self._unshown = None
+        if self._grammar is not None:
+            self._grammar.prepare()
 
     def finish(self, reason: Reason, *, prefill_s: float, decode_s: float, times: _StepTimes) -> Finished:
+        self._grammar = None
         self.show()
-        text = ""
+        rest = Parts()
         if not self._stopped:
-            text, stopped = self._stops.push(self._text.flush())
-            text += "" if stopped else self._stops.flush()
+            rest.content, stopped = self._stops.push(self._text.flush())
+            rest.content += "" if stopped else self._stops.flush()
+        if self._parser is not None:
+            rest = self._close(self._parser, rest.content)
+            if reason == "stop" and self._parser.num_calls:
+                reason = "tool_calls"
         return Finished(
             reason=reason,
-            text=text,
+            text=rest.content,
             prompt_tokens=self._num_prompt,
             cached_tokens=self._num_cached,
             token_ids=self._ids,
@@ -210,7 +329,18 @@ class _Answer:
             best_ids=self._best_ids,
             best_gaps=self._best_gaps,
             logits_digest=self._digest.hexdigest() if self._digest is not None else "",
+            reasoning=rest.reasoning,
+            tool_calls=_call_deltas(rest),
+            reasoning_tokens=self._num_reasoning,
         )
+
+    def _close(self, parser: AnswerParser, text: str) -> Parts:
+        pushed, flushed = parser.push(text), parser.flush()
+        return Parts(pushed.content + flushed.content, pushed.reasoning + flushed.reasoning, [*pushed.calls, *flushed.calls])
+
+
+def _call_deltas(parts: Parts) -> list[ToolCallDelta]:
+    return [ToolCallDelta(piece.index, piece.name, piece.arguments) for piece in parts.calls]
 
 
 class _StepTimes:

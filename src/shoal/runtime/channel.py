@@ -35,7 +35,13 @@ class Channel:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, peer: str) -> None:
         self._reader = reader
         self._writer = writer
+        self._size: int | None = None
+        """Of the message whose head has been read; whoever stops waiting for the rest leaves it to the next reader."""
         self.peer = peer
+
+    def interrupt(self, error: Exception) -> None:
+        """Ends waiting for the next message, now and from now on, with this error."""
+        self._reader.set_exception(error)
 
     async def send(self, message: Message) -> None:
         """Raises LinkClosed when the peer is gone."""
@@ -53,12 +59,14 @@ class Channel:
             RemoteProtocolError: what came is no message; the connection is of no more use.
         """
         try:
-            size = int.from_bytes(await self._reader.readexactly(4), "big")
-            if size > MESSAGE_BYTES_MAX:
+            if self._size is None:
+                self._size = int.from_bytes(await self._reader.readexactly(4), "big")
+            if self._size > MESSAGE_BYTES_MAX:
                 raise RemoteProtocolError(
-                    f"{self.peer} announces a message of {size} bytes, {MESSAGE_BYTES_MAX} are allowed"
+                    f"{self.peer} announces a message of {self._size} bytes, {MESSAGE_BYTES_MAX} are allowed"
                 )
-            payload = await self._reader.readexactly(size)
+            payload = await self._reader.readexactly(self._size)
+            self._size = None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise LinkClosed(f"{self.peer} is gone (connection closed)") from error
         try:

@@ -21,6 +21,8 @@ from shoal.runtime.messages import (
     AssignLayers,
     Cancel,
     ConnectRing,
+    Embed,
+    Embedded,
     EngineDescription,
     EngineLost,
     EngineOptions,
@@ -47,6 +49,8 @@ _RUNTIME_BYTES = 160 * MIB
 """Interpreter, libraries and ggml's working memory of one worker: 95-130 MB measured with SmolLM2."""
 
 Answer = TypeVar("Answer", bound=Message)
+_LAST = (Finished, Embedded, Failed)
+"""How the worker's part of an answer ends."""
 Report = Callable[[Progress], Awaitable[None]]
 
 
@@ -124,14 +128,16 @@ class Engine:
         self.description = description
         self._turn = asyncio.Lock()
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        # Whoever waits for the worker's next word learns of a loss at once, without a task per token to listen for it.
+        self._lost.add_done_callback(lambda lost: own.worker.interrupt(WorkerLost(lost.result())))
         self._watchers = [asyncio.create_task(self._watch(member)) for member in members]
 
     @property
     def is_lost(self) -> bool:
         return self._lost.done() or self._own.worker.has_ended
 
-    async def answer(self, request: Generate) -> AsyncGenerator[Message, None]:
-        """`Progress`, `Delta` and at last `Finished` or `Failed`. Leaving the loop early cancels the request.
+    async def answer(self, request: Generate | Embed) -> AsyncGenerator[Message, None]:
+        """What the head's worker says, at last `Finished`, `Embedded` or `Failed`. Leaving the loop early cancels it.
 
         Raises:
             WorkerLost: a device was lost before the end.
@@ -144,7 +150,7 @@ class Engine:
             try:
                 while not ended:
                     message = await self._next()
-                    ended = isinstance(message, (Finished, Failed))
+                    ended = isinstance(message, _LAST)
                     yield message
             finally:
                 if not ended:
@@ -152,12 +158,8 @@ class Engine:
 
     async def _next(self) -> AnyMessage:
         """The worker's next message; a device's loss comes first, because the worker may hang on its dead link."""
-        receiving = asyncio.ensure_future(self._own.worker.receive())
         try:
-            await asyncio.wait((receiving, self._lost), return_when=asyncio.FIRST_COMPLETED)
-            if receiving.done():
-                return receiving.result()
-            raise WorkerLost(self._lost.result())
+            return await self._own.worker.receive()
         except WorkerLost as error:
             # Which of two ends broke first is chance; the other devices' word tells more than our broken link.
             with contextlib.suppress(TimeoutError):
@@ -165,17 +167,12 @@ class Engine:
             if not self._lost.done():
                 self._lost.set_result(str(error))
             raise WorkerLost(self._lost.result()) from None
-        finally:
-            if not receiving.done():
-                receiving.cancel()
-                with contextlib.suppress(asyncio.CancelledError, DeviceError):
-                    await receiving
 
     async def _cancel(self) -> None:
         """Stops the worker's request and reads what it still says, so that the next one starts clean."""
         with contextlib.suppress(DeviceError):
             await self._own.worker.send(Cancel())
-            while not isinstance(await self._next(), (Finished, Failed)):
+            while not isinstance(await self._next(), _LAST):
                 pass
 
     async def wait_idle_and_lost(self) -> None:
@@ -192,6 +189,11 @@ class Engine:
         reason = await member.wait_lost()
         if not self._lost.done():
             self._lost.set_result(reason)
+
+    async def close_when_idle(self) -> None:
+        """Lets those finish who are being answered or wait for it, then closes."""
+        async with self._turn:
+            await self.close()
 
     async def close(self) -> None:
         """Ends every worker of this engine, here and elsewhere."""
@@ -210,6 +212,7 @@ async def deploy(
     model: ModelFile,
     options: EngineOptions,
     memory_bytes: dict[DeviceId, int],
+    may_stream: bool,
     report: Report,
 ) -> Engine:
     """Makes an engine of these devices.
@@ -217,14 +220,15 @@ async def deploy(
     Args:
         members: the head (`own`) first, then the others in the order in which the ring visits them. On failure they are
             released here.
+        may_stream: whether weights that do not fit are read from disk for every token; else the model is refused.
 
     Raises:
         ShoalError: what a device refused or lost, or InfeasiblePlacement.
     """
     try:
-        reports = await _measure(members, engine, model, options, report)
+        reports = await _measure(members, engine, model, options, memory_bytes, report)
         context = _context(options, reports[0])
-        placement = _place(members, reports, memory_bytes, options, context=context)
+        placement = _place(members, reports, memory_bytes, options, context=context, may_stream=may_stream)
         stages = await _load(members, placement, options, context=context, report=report)
         used = _in_ring_order(members, placement)
         for member in members:
@@ -239,7 +243,12 @@ async def deploy(
 
 
 async def _measure(
-    members: Sequence[Member], engine: EngineId, model: ModelFile, options: EngineOptions, report: Report
+    members: Sequence[Member],
+    engine: EngineId,
+    model: ModelFile,
+    options: EngineOptions,
+    memory_bytes: dict[DeviceId, int],
+    report: Report,
 ) -> list[WorkerReport]:
     """One device after the other: several of them may share one machine, where they would measure each other."""
     reports = []
@@ -251,6 +260,7 @@ async def _measure(
             num_threads=options.num_threads,
             compute_device=options.compute_device,
             repack=options.repack,
+            memory_bytes=memory_bytes[member.device],
         )
         reports.append(await member.ask(start, WorkerReport, timeout_s=MEASURE_TIMEOUT_S))
     return reports
@@ -271,6 +281,7 @@ def _place(
     options: EngineOptions,
     *,
     context: int,
+    may_stream: bool,
 ) -> Placement:
     head = reports[0]
     model = ModelSize(
@@ -279,9 +290,15 @@ def _place(
         cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
         # A stage's widest activations are a few times its hidden states; two frames wait on each link.
         overhead_bytes=_RUNTIME_BYTES + 12 * options.micro_batch * head.hidden_size * 4,
+        ring_bytes=max(measured.ring_bytes_min for measured in reports),
     )
     devices = [
-        Device(id=member.device, layer_s=measured.layer_s, memory_bytes=memory_bytes[member.device])
+        Device(
+            id=member.device,
+            layer_s=measured.layer_s,
+            memory_bytes=memory_bytes[member.device],
+            read_bytes_per_s=measured.read_bytes_per_s if may_stream else 0.0,
+        )
         for member, measured in zip(members, reports, strict=True)
     ]
     if options.layer_counts is not None:
@@ -307,6 +324,8 @@ async def _load(
             micro_batch=options.micro_batch,
             num_stages=len(placement.stages),
             head=stage is placement.head,
+            weights_bytes=stage.weights_bytes,
+            idle_s=placement.token_s - stage.token_s,
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
 
@@ -348,11 +367,15 @@ def _describe(
                 first=stage.layers.first,
                 stop=stage.layers.stop,
                 num_threads=measured[stage.device].num_threads,
-                memory_bytes=ready.mapped_bytes + ready.copied_bytes + ready.cache_bytes + ready.activation_bytes,
+                memory_bytes=(
+                    ready.mapped_bytes + ready.copied_bytes + ready.ring_bytes + ready.cache_bytes + ready.activation_bytes
+                ),
                 head=stage is placement.head,
+                streamed_bytes=ready.streamed_bytes,
             )
             for stage, ready in zip(placement.stages, stages, strict=True)
         ],
         context=context,
         left_out=[(device, reason) for device, reason in placement.left_out],
+        hidden_size=reports[0].hidden_size,
     )

@@ -2,7 +2,8 @@
 
 Three conversations, all of length-prefixed msgpack messages:
 
-* **client - agent**: `Hello`, then one of `AskStatus`, `Generate` or `AskSurvey`; answers come back on the same connection.
+* **client - agent**: `Hello`, then one request after the other: `AskStatus`, `AskSurvey`, `ListModels`, `LoadModel`,
+  `UnloadModel`, `Generate`, `Embed`, `Tokenize`, `Detokenize` or `ApplyTemplate`; answers come back on the same connection.
 * **agent - agent**: the same door. A connection that sends `StartWorker` is a *lease*: the worker lives until the
   connection closes, from whichever side. So a head that dies leaves nothing running elsewhere.
 * **agent - worker**: the worker's standard input and output. End of file on its input ends the worker.
@@ -107,6 +108,8 @@ class StartWorker(Message, frozen=True):
     compute_device: str | None = None
     ring_host: str = ""
     repack: bool = True
+    memory_bytes: int | None = None
+    """What the model may use on this device; where that is little, the worker measures the disk too."""
 
 
 class WorkerReport(Message, frozen=True):
@@ -124,6 +127,10 @@ class WorkerReport(Message, frozen=True):
     model_name: str
     description: str
     compute_device: str
+    read_bytes_per_s: float = 0.0
+    """Of the model file past the page cache; 0 where it was not measured or weights cannot be streamed."""
+    ring_bytes_min: int = 0
+    """The least memory through which this device streams weights."""
 
 
 class AssignLayers(Message, frozen=True):
@@ -134,6 +141,10 @@ class AssignLayers(Message, frozen=True):
     micro_batch: int
     num_stages: int
     head: bool
+    weights_bytes: int | None = None
+    """Memory for weights where they do not all fit: the rest is streamed. None keeps all of them."""
+    idle_s: float = 0.0
+    """How long the other stages are expected to take for a token: time to read ahead."""
 
 
 class StageReady(Message, frozen=True):
@@ -144,6 +155,9 @@ class StageReady(Message, frozen=True):
     copied_bytes: int
     cache_bytes: int
     activation_bytes: int
+    ring_bytes: int = 0
+    streamed_bytes: int = 0
+    """Read from disk for every token."""
 
 
 class ConnectRing(Message, frozen=True):
@@ -166,11 +180,15 @@ class EngineLost(Message, frozen=True):
 # ---- requests
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation, as OpenAI's API has it: content is a text, a list of parts, or nothing but tool calls."""
 
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -219,6 +237,40 @@ class Generate(Message, frozen=True):
     """Teacher forcing: these ids are fed instead of what was sampled; what would have been chosen is in `best_ids`."""
     digest: bool = False
     """Whether `Finished` carries a hash over the bits of all logits, for comparing runs."""
+    logprobs: int | None = None
+    """Whether each `Delta` carries its token's log-probability, and those of that many likeliest tokens beside it."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt, as `PromptScores`; nothing of the cache is used then."""
+    echo: bool = False
+    """Whether `Accepted` carries the prompt's text."""
+    structured: bool = False
+    """Whether reasoning and tool calls are taken out of the text, where the chat template marks them."""
+    tools: list[dict[str, Any]] = []
+    """Functions that the model may call, as in OpenAI's API. Needs `messages` and a template that takes tools."""
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str = ""
+    """With `required`: the one function to call."""
+    parallel_tool_calls: bool = True
+    reasoning_effort: str = ""
+    """Handed to the template, as far as it knows of such a thing; 'none' turns reasoning off."""
+    json_schema: str = ""
+    """A JSON schema that the answer (after any reasoning) must satisfy; enforced token by token."""
+
+
+class Embed(Message, frozen=True):
+    """Turn one text, or token ids, into a vector. Answered by `Embedded` or `Failed`."""
+
+    model: str
+    text: str | None = None
+    token_ids: list[int] | None = None
+    options: EngineOptions = EngineOptions()
+
+
+class Embedded(Message, frozen=True):
+    """`values` are float32, little endian, of length 1 as a vector."""
+
+    values: bytes
+    prompt_tokens: int
 
 
 class Cancel(Message, frozen=True):
@@ -242,6 +294,8 @@ class StageDescription(msgspec.Struct, frozen=True):
     num_threads: int
     memory_bytes: int
     head: bool
+    streamed_bytes: int = 0
+    """Weights that are read from disk for every token, because they do not fit."""
 
 
 class EngineDescription(Message, frozen=True):
@@ -252,13 +306,53 @@ class EngineDescription(Message, frozen=True):
     stages: list[StageDescription]
     context: int
     left_out: list[tuple[DeviceId, str]] = []
+    hidden_size: int = 0
 
 
-class Delta(Message, frozen=True):
+class Accepted(Message, frozen=True):
+    """The request is understood, and reading its prompt begins; what goes wrong from here on is no fault of the request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_text: str = ""
+
+
+class TokenScore(msgspec.Struct, frozen=True, array_like=True):
+    """A token's bytes and natural log-probability before sampling (None for a text's first token), and the likeliest
+    alternatives as (bytes, log-probability), likeliest first."""
+
+    token: bytes
+    logprob: float | None
+    top: list[tuple[bytes, float]] = []
+
+
+class PromptScores(Message, frozen=True):
+    """Scores of some more of the prompt's tokens, in order."""
+
+    scores: list[TokenScore]
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True):
+    """More of a tool call: its name comes with its first piece, its arguments (JSON) in pieces."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+class Delta(Message, frozen=True, omit_defaults=True):
     """New text (may be empty while a character is incomplete) and the token that brought it."""
 
     text: str
     token_id: int
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
+    score: TokenScore | None = None
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether there is nothing but text, which may be empty."""
+        return not (self.reasoning or self.tool_calls or self.score)
 
 
 class StageTimes(msgspec.Struct, frozen=True):
@@ -270,9 +364,9 @@ class StageTimes(msgspec.Struct, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """The answer is complete. `reason` is 'stop' (end of text or stop string), 'length' or 'cancelled'."""
+    """The answer is complete. `reason` is 'stop' (end of text or stop string), 'length', 'tool_calls' or 'cancelled'."""
 
-    reason: Literal["stop", "length", "cancelled"]
+    reason: Literal["stop", "length", "tool_calls", "cancelled"]
     text: str
     """What was held back for stop strings and belongs to the answer after all."""
     prompt_tokens: int
@@ -286,12 +380,114 @@ class Finished(Message, frozen=True):
     best_ids: list[int] = []
     best_gaps: list[float] = []
     logits_digest: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCallDelta] = []
+    reasoning_tokens: int = 0
+
+
+# ---- models, and their texts without an engine
+
+
+class ListModels(Message, frozen=True):
+    """Asks an agent for the models in its folders."""
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    """A model that an agent has: `name` is what `Generate.model` may say; the time of change is in seconds since 1970."""
+
+    name: str
+    path: str
+    num_bytes: int
+    modified_s: float
+
+
+class Models(Message, frozen=True):
+    """Answer to `ListModels`."""
+
+    models: list[ModelEntry]
+
+
+class LoadModel(Message, frozen=True):
+    """Deploy the engine that `Generate` would, without asking anything. Answered by `Progress` and `EngineDescription`."""
+
+    model: str
+    options: EngineOptions = EngineOptions()
+    may_stream: bool = True
+    """Whether weights that do not fit memory are read from disk for every token; else such a model is refused."""
+
+
+class UnloadModel(Message, frozen=True):
+    """End an engine, once nobody is being answered by it. Answered by `Unloaded`, also where there is none."""
+
+    model: str
+    options: EngineOptions = EngineOptions()
+
+
+class Unloaded(Message, frozen=True):
+    """There is no such engine (any more)."""
+
+
+class OpenTexts(Message, frozen=True):
+    """To a fresh worker: open only the texts of this model - vocabulary and template - and answer what follows."""
+
+    model_path: str
+
+
+class TextsReady(Message, frozen=True):
+    """They are open."""
+
+
+class Tokenize(Message, frozen=True):
+    """A text's token ids. Answered by `Tokenized`."""
+
+    model: str
+    text: str
+    add_special: bool = True
+    parse_special: bool = True
+
+
+class Tokenized(Message, frozen=True):
+    """Token ids, and the bytes of each."""
+
+    token_ids: list[int]
+    pieces: list[bytes]
+
+
+class Detokenize(Message, frozen=True):
+    """The text of token ids, special tokens included. Answered by `Detokenized`."""
+
+    model: str
+    token_ids: list[int]
+
+
+class Detokenized(Message, frozen=True):
+    """Bytes that are no UTF-8 have become U+FFFD."""
+
+    text: str
+
+
+class ApplyTemplate(Message, frozen=True):
+    """A conversation as the text of a prompt. Answered by `Prompt`."""
+
+    model: str
+    messages: list[ChatMessage]
+    tools: list[dict[str, Any]] = []
+    add_generation_prompt: bool = True
+    template_arguments: dict[str, Any] = {}
+
+
+class Prompt(Message, frozen=True):
+    """What the model reads, and how many tokens that is."""
+
+    text: str
+    num_tokens: int
 
 
 _ALL = (
     Hello | Failed | AskSurvey | Survey | AskStatus | Status | DeviceStatus | StartWorker | WorkerReport | AssignLayers
     | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription | Delta
-    | Finished
+    | Finished | Accepted | PromptScores | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel | Unloaded
+    | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
 )  # fmt: skip
 AnyMessage = _ALL
 

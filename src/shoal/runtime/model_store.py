@@ -19,11 +19,12 @@ import platformdirs
 
 from shoal.errors import ModelNotFound
 from shoal.ids import ModelHash
-from shoal.runtime.messages import ModelFile
+from shoal.runtime.messages import ModelEntry, ModelFile
 
 _CHUNK_BYTES = 8 * 1024 * 1024
 _FOLDER_DEPTH_MAX = 6
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
+_QUANTISATION = re.compile(r"(I?Q\d\w*|BF16|F16|F32|MXFP4)$", flags=re.IGNORECASE)
 
 HashProgress = Callable[[int, int], None]
 
@@ -66,6 +67,16 @@ class ModelStore:
             f"no model '{name}': not a file, and no .gguf of that name in {self.describe_folders()}; "
             "give a path, or a folder with --models"
         )
+
+    def entries(self) -> list[ModelEntry]:
+        """Every model that can be found by name, each once."""
+        found: dict[Path, ModelEntry] = {}
+        for file in self._files():
+            with contextlib.suppress(OSError):
+                resolved, status = file.resolve(strict=True), file.stat()
+                if resolved not in found:
+                    found[resolved] = ModelEntry(name_of(file), str(file), status.st_size, status.st_mtime)
+        return sorted(found.values(), key=lambda entry: entry.name)
 
     def find(self, model: ModelFile, *, progress: HashProgress | None = None) -> Path | None:
         """The file with this content, or None."""
@@ -127,6 +138,16 @@ def _gguf_files(folder: Path, *, depth: int) -> Iterator[Path]:
             yield from _gguf_files(entry, depth=depth - 1)
         elif entry.suffix.lower() == ".gguf" and entry.is_file():
             yield entry
+
+
+def name_of(file: Path) -> str:
+    """What a model is called: `owner/repo:QUANT` in a Hugging Face cache, else the file's name without `.gguf`."""
+    for part in file.parts:
+        owner, separator, repository = part.removeprefix("models--").partition("--")
+        if part.startswith("models--") and separator:
+            quantisation = _QUANTISATION.search(file.stem)
+            return f"{owner}/{repository}:{quantisation[0] if quantisation else file.stem}"
+    return file.stem
 
 
 def _is_meant(file: Path, name: str) -> bool:

@@ -6,6 +6,7 @@ than one, and slow cores can hold back fast ones. So a few layers of the model i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -27,9 +28,21 @@ _BUDGET_PER_COUNT_S = 0.05
 
 
 def usable_memory_bytes(limit_bytes: int | None) -> int:
-    """What the owner set, but never more than is there; by default a share of what is free now."""
+    """For one more worker of this process: what the owner's limit leaves, but never more than is there; without a limit
+    a share of what is free now."""
     available = psutil.virtual_memory().available
-    return min(limit_bytes, available) if limit_bytes is not None else int(available * MEMORY_SHARE)
+    if limit_bytes is None:
+        return int(available * MEMORY_SHARE)
+    return max(0, min(limit_bytes - _worker_bytes(), available))
+
+
+def _worker_bytes() -> int:
+    """What the workers of this process take already."""
+    total = 0
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            total += child.memory_info().rss
+    return total
 
 
 def num_physical_cores() -> int:

@@ -117,12 +117,21 @@ class RingHead:
         return logits_BV[0], timings
 
     def prefill(
-        self, token_ids: Sequence[int], batches: Sequence[MicroBatch], *, progress: Callable[[int], bool]
+        self,
+        token_ids: Sequence[int],
+        batches: Sequence[MicroBatch],
+        *,
+        progress: Callable[[int], bool],
+        scored: Callable[[MicroBatch, FloatArray], None] | None = None,
+        wants_hidden: bool = False,
     ) -> FloatArray | None:
         """Computes `batches` of `token_ids`.
 
         Args:
             progress: told how many tokens of the prompt are done after each micro-batch; answers whether to go on.
+            scored: takes every micro-batch with the logits [tokens, vocabulary] of all its tokens, a view that is
+                overwritten afterwards; without it only the prompt's last token gets logits.
+            wants_hidden: normalised hidden states [tokens, hidden size] are computed instead of logits.
 
         Returns:
             Logits after the last token, or None where `progress` stopped it. The ring is quiet either way.
@@ -135,25 +144,28 @@ class RingHead:
                 self._send_batch(token_ids, batches[num_sent])
                 num_sent += 1
             batch = batches[num_done]
-            logits_BV = self._finish_batch(token_ids, batch, is_last=num_done + 1 == len(batches))
+            is_last = num_done + 1 == len(batches)
+            num_outputs = batch.stop - batch.first if scored is not None else int(is_last)
+            logits_BV = self._finish_batch(token_ids, batch, num_outputs, wants_hidden)
+            if scored is not None:
+                scored(batch, logits_BV)
             num_done += 1
             if not progress(batch.stop):
                 wanted = num_sent  # what is under way must come home, or the next pass would meet it
-        return logits_BV if num_done == len(batches) else None
+        return logits_BV[-1] if logits_BV is not None and num_done == len(batches) else None
 
     def _send_batch(self, token_ids: Sequence[int], batch: MicroBatch) -> None:
         if self._outbound is not None:
             self._send(self.stage.embed(token_ids[batch.first : batch.stop]), batch.first)
 
-    def _finish_batch(self, token_ids: Sequence[int], batch: MicroBatch, *, is_last: bool) -> FloatArray:
+    def _finish_batch(self, token_ids: Sequence[int], batch: MicroBatch, num_outputs: int, wants_hidden: bool) -> FloatArray:
         set_threads(self.stage, self._threads, batch.stop - batch.first)
         if self._inbound is None:
             x_BD = self.stage.embed(token_ids[batch.first : batch.stop])
         else:
             self._inbound.receive(self._received)
             x_BD = self._received.hidden_states
-        logits_BV = self.stage.forward(x_BD, batch.first, num_outputs=int(is_last))
-        return logits_BV[0] if is_last else logits_BV
+        return self.stage.forward(x_BD, batch.first, num_outputs=num_outputs, wants_hidden=wants_hidden)
 
     def _send(self, x_BD: FloatArray, position: int) -> None:
         if self._outbound is not None:

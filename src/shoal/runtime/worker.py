@@ -1,6 +1,7 @@
 """A worker: the child process that holds one engine's weights on this device.
 
     STARTED -- StartWorker --> MEASURED -- AssignLayers --> LOADED -- ConnectRing --> SERVING
+            -- OpenTexts --> READING
 
 Its agent speaks to it over standard input and output. End of file there means that the agent is gone, and ends the
 process at once, wherever it is; so does a lost neighbour in the ring, after saying so.
@@ -18,10 +19,13 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from shoal import __version__
 from shoal.compute.backend import Backend
-from shoal.compute.model import Model, describe
+from shoal.compute.gguf import GGUFFile
+from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
+from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
 from shoal.errors import LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
+from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
 from shoal.runtime.messages import (
@@ -29,20 +33,27 @@ from shoal.runtime.messages import (
     AssignLayers,
     Cancel,
     ConnectRing,
+    Embed,
     EngineLost,
     Generate,
     Message,
+    OpenTexts,
     RingConnected,
     StageReady,
     StartWorker,
+    TextsReady,
     WorkerReport,
     decode,
     encode,
 )
 from shoal.runtime.profile import ComputeProfile
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts
+from shoal.runtime.texts import ModelTexts
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
+from shoal.units import MIB
 
+_FITS_SURELY_BYTES = 1024 * MIB
+"""A memory larger than twice the model's file, and by this, surely holds it with its cache and the runtime."""
 _RING_TIMEOUT_S = 60.0
 """For the previous stage to dial in: it may still be loading its layers."""
 
@@ -82,7 +93,7 @@ class AgentPipe:
                 if isinstance(message, Cancel):
                     self._cancelled.set()
                 else:
-                    if isinstance(message, Generate):
+                    if isinstance(message, (Generate, Embed)):
                         self._cancelled.clear()
                     self._inbox.put(message)
         finally:
@@ -96,7 +107,11 @@ class Worker:
         self._pipe = pipe
 
     def run(self) -> None:
-        start = self._expect(StartWorker)
+        start = self._pipe.receive()
+        if isinstance(start, OpenTexts):
+            self._read_texts(Path(start.model_path))
+        if not isinstance(start, StartWorker):
+            raise RemoteProtocolError(f"the agent sent {type(start).__name__} where StartWorker or OpenTexts is due")
         self._engine: EngineId = start.engine
         self._model = Model(Path(start.model_path))
         self._backend = Backend(start.compute_device or "CPU")
@@ -113,9 +128,22 @@ class Worker:
             self._pipe.send(RingConnected())
             ring_stage.run()
 
+    def _read_texts(self, path: Path) -> NoReturn:
+        """Answers questions about texts, without weights, until the agent ends it."""
+        texts = ModelTexts(GGUFFile.open(path).metadata)
+        self._pipe.send(TextsReady())
+        while True:
+            request = self._pipe.receive()
+            try:
+                self._pipe.send(texts.answer(request))
+            except (ShoalError, ValueError) as error:
+                self._pipe.send(failure(error))
+
     def _measure(self, start: StartWorker) -> None:
         profile = ComputeProfile(self._model, self._backend, num_threads=start.num_threads, repack=start.repack)
         self._threads = ThreadCounts(profile.num_threads, profile.num_threads_prefill)
+        self._layer_s = profile.layer_s
+        self._read_bytes_per_s = self._read_rate(start.memory_bytes)
         shape = self._model.shape
         self._pipe.send(
             WorkerReport(
@@ -131,10 +159,19 @@ class Worker:
                 model_name=shape.name,
                 description=describe(shape),
                 compute_device=self._backend.device_name,
+                read_bytes_per_s=self._read_bytes_per_s,
+                ring_bytes_min=ring_bytes_min(self._model),
             )
         )
 
+    def _read_rate(self, memory_bytes: int | None) -> float:
+        """Measured only where this device may have to stream: the disk is the owner's too."""
+        path = self._model.path
+        fits = memory_bytes is None or memory_bytes > 2 * path.stat().st_size + _FITS_SURELY_BYTES
+        return 0.0 if fits or not self._backend.is_host else measure_read_rate(path)
+
     def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
+        streaming = self._choose_streaming(assigned)
         self._stage = stage = Stage(
             self._model,
             assigned.layers,
@@ -143,6 +180,7 @@ class Worker:
             micro_batch=assigned.micro_batch,
             head=assigned.head,
             repack=start.repack,
+            streaming=streaming,
         )
         self._listener = None
         if assigned.num_stages > 1:
@@ -154,8 +192,34 @@ class Worker:
                 copied_bytes=stage.weights.copied_bytes,
                 cache_bytes=stage.cache_bytes,
                 activation_bytes=stage.activation_bytes,
+                ring_bytes=stage.streamed.ring_bytes if stage.streamed else 0,
+                streamed_bytes=stage.streamed.turn_bytes if stage.streamed else 0,
             )
         )
+
+    def _choose_streaming(self, assigned: AssignLayers) -> Streaming | None:
+        if assigned.weights_bytes is None:
+            return None
+        tensors = self._model.file.tensors
+        names = matrix_names(self._model, assigned.layers, head=assigned.head)
+        runs = [run for name in names for run in row_runs(tensors[name])]
+        total_bytes = sum(run.num_bytes for run in runs)
+        vector_bytes = sum(
+            tensors[name].num_bytes
+            for layer in range(assigned.layers.first, assigned.layers.stop)
+            for name in self._model.layer_vectors(layer)
+        )
+        # A token's time in a matrix goes with its bytes: both are dominated by reading it once.
+        per_byte_s = self._layer_s * len(assigned.layers) / max(1, total_bytes)
+        residency = choose_residency(
+            [TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs],
+            available_bytes=assigned.weights_bytes - vector_bytes,
+            read_bytes_per_s=self._read_bytes_per_s,
+            idle_s=assigned.idle_s,
+        )
+        if not residency.streamed:
+            return None
+        return Streaming(frozenset(residency.streamed), residency.ring_bytes)
 
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
@@ -192,9 +256,14 @@ class Worker:
         )
         self._pipe.send(RingConnected())
         while True:
-            request = self._expect(Generate)
+            request = self._pipe.receive()
             try:
-                self._pipe.send(conversation.answer(request))
+                if isinstance(request, Generate):
+                    self._pipe.send(conversation.answer(request))
+                elif isinstance(request, Embed):
+                    self._pipe.send(conversation.embed(request))
+                else:
+                    raise RemoteProtocolError(f"the agent sent {type(request).__name__}, which is no request")
             except LinkError:
                 raise
             except (ShoalError, ValueError) as error:

@@ -69,6 +69,10 @@ class WorkerProcess:
             raise WorkerLost(message.text)
         return message
 
+    def interrupt(self, error: WorkerLost) -> None:
+        """Ends waiting for the worker's next message, now and from now on, with this error."""
+        self._channel.interrupt(error)
+
     async def expect(self, kind: type[Answer], *, timeout_s: float | None) -> Answer:
         """As `Channel.expect`; a worker that ended is WorkerLost."""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from shoal.text.tokenizer import Tokenizer
 
@@ -14,16 +14,25 @@ class TextStream:
     The texts of all `push` and the `flush` together are `tokenizer.decode` of the tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continues_text: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        continues_text: bool = False,
+        shown_ids: Collection[int] = (),
+    ) -> None:
         """Starts an answer.
 
         Args:
             skip_special: leave out tokens that steer the model; else they give their text.
+            shown_ids: tokens that give their text even so.
             continues_text: the answer goes on in the middle of the prompt's text, so a space before its first word
                 is real; else (after a special token or a chat prompt) SentencePiece has put it there.
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._shown_ids = shown_ids
         self._drops_space = tokenizer.add_space_prefix and not continues_text
         # Invalid bytes become U+FFFD as soon as it is sure that they are.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -34,7 +43,7 @@ class TextStream:
         Raises:
             ValueError: the id is not of the vocabulary.
         """
-        if self._skip_special and self._tokenizer.is_special(token_id):
+        if self._skip_special and self._tokenizer.is_special(token_id) and token_id not in self._shown_ids:
             return ""
         encoded = self._tokenizer.token_bytes(token_id)
         if self._drops_space:

@@ -62,6 +62,8 @@ class ChatTemplate:
         Raises:
             TemplateError: the source is no Jinja; names the line.
         """
+        self.source = source
+        self.tool_source = tool_source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         environment = _make_environment(now)
         self._plain = _Compiled(environment, source)

@@ -1,0 +1,1 @@
+"""The HTTP door: OpenAI's API over the models that an agent runs. It translates; deciding and computing are elsewhere."""
