@@ -19,13 +19,21 @@ pytestmark = pytest.mark.slow
 TinyModel = Callable[[str, str], Path]
 
 
-def read_until(terminal: int, text: str, *, timeout_s: float = 20.0) -> str:
-    seen, give_up_s = "", time.monotonic() + timeout_s
-    while text not in seen:
-        assert time.monotonic() < give_up_s, f"'{text}' did not come, but: {seen!r}"
-        if select.select([terminal], [], [], 0.1)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
-    return seen
+class Terminal:
+    """What a program writes, read up to a text; what follows is kept for the next reading."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._unread = ""
+
+    def read_until(self, text: str, *, timeout_s: float = 20.0) -> str:
+        give_up_s = time.monotonic() + timeout_s
+        while text not in self._unread:
+            assert time.monotonic() < give_up_s, f"'{text}' did not come, but: {self._unread!r}"
+            if select.select([self._descriptor], [], [], 0.1)[0]:
+                self._unread += os.read(self._descriptor, 4096).decode(errors="replace")
+        seen, found, self._unread = self._unread.partition(text)
+        return seen + found
 
 
 def test_a_chat_remembers_is_stopped_and_is_left(tiny_model: TinyModel) -> None:
@@ -41,16 +49,22 @@ def test_a_chat_remembers_is_stopped_and_is_left(tiny_model: TinyModel) -> None:
         env={**os.environ, "TERM": "dumb", "COLUMNS": "120"},
     )
     os.close(theirs)
+    terminal = Terminal(ours)
     try:
-        read_until(ours, "> ")
+        terminal.read_until("> ")
         os.write(ours, b"hello\n")
-        # A model of noise talks until the context is full, so it is interrupted.
-        read_until(ours, "loading layers")
-        time.sleep(1.0)
+        # A model of noise talks until the context is full, so it is interrupted; text follows where the status line ends.
+        terminal.read_until("loading layers")
+        terminal.read_until("\x1b[2K")
+        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        read_until(ours, "> ")
+        assert "tokens/s" not in terminal.read_until("\n> "), "answered to its end, not stopped"
+        time.sleep(0.5)  # readline notices a signal only once it waits
+        process.send_signal(signal.SIGINT)
+        terminal.read_until("Ctrl-D leaves")
+        terminal.read_until("> ")
         os.write(ours, b"/clear\n")
-        read_until(ours, "> ")
+        terminal.read_until("> ")
         os.write(ours, b"\x04")
         assert process.wait(10) == 0
     finally:

@@ -124,7 +124,11 @@ def _chat(runner: asyncio.Runner, address: str, model: str, settings: Settings) 
     while True:
         try:
             line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            # Meant for an answer that ended just before: it must not cost the conversation.
+            console.print("\n[dim]/exit or Ctrl-D leaves[/]")
+            continue
+        except EOFError:
             _print_text("\n")
             return
         if line in ("/exit", "/quit"):
