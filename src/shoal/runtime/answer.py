@@ -101,10 +101,10 @@ class Conversation:
         logits_V = self._prefill(prompt.ids, plan, top_scored=request.prompt_logprobs)
         prefill_s = time.perf_counter() - started_s
         if logits_V is None:
-            return answer.finish("cancelled", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(0))
+            return answer.finish("cancelled", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(self._head))
         self._cached_ids = list(prompt.ids)
         if request.max_tokens == 0:
-            return answer.finish("length", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(0))
+            return answer.finish("length", prefill_s=prefill_s, decode_s=0.0, times=_StepTimes(self._head))
         return self._decode(answer, logits_V, prefill_s)
 
     def embed(self, request: Embed) -> Embedded:
@@ -167,8 +167,13 @@ class Conversation:
 
     def _decode(self, answer: _Answer, logits_V: Logits, prefill_s: float) -> Finished:
         head, ids = self._head, self._cached_ids
-        times = _StepTimes(head.num_hops)
-        started_s = step_s = time.perf_counter()
+        times = _StepTimes(head)
+        started_s = times.start()
+
+        def meanwhile() -> None:
+            answer.show()
+            times.read()
+
         while True:
             token_id, ending = answer.choose(logits_V)
             reason: Reason | None = ending
@@ -178,11 +183,9 @@ class Conversation:
                 reason = "cancelled"
             if reason is not None:
                 return answer.finish(reason, prefill_s=prefill_s, decode_s=time.perf_counter() - started_s, times=times)
-            logits_V, timings = head.decode(token_id, len(ids), meanwhile=answer.show)
+            logits_V = head.decode(token_id, len(ids), meanwhile=meanwhile)
+            times.end_step()
             ids.append(token_id)
-            now_s = time.perf_counter()
-            times.add(now_s - step_s, timings)
-            step_s = now_s
 
     def _prefill(self, ids: Sequence[int], plan: PrefillPlan, *, top_scored: int | None) -> Logits | None:
         def progress(num_done: int) -> bool:
@@ -346,17 +349,30 @@ def _call_deltas(parts: Parts) -> list[ToolCallDelta]:
 class _StepTimes:
     """The time of every decode step, from one token's choice to the next, and where each stage spent it."""
 
-    def __init__(self, num_hops: int) -> None:
-        self._num_hops = num_hops
+    def __init__(self, head: RingHead) -> None:
+        self._head = head
+        self._num_hops = head.num_hops
+        self._last_s = 0.0
         self._token_s: list[float] = []
         self._stages: list[list[StageTiming]] = []
 
-    def add(self, token_s: float, stages: list[StageTiming]) -> None:
-        self._token_s.append(token_s)
-        self._stages.append(stages)
+    def start(self) -> float:
+        self._last_s = time.perf_counter()
+        return self._last_s
+
+    def end_step(self) -> None:
+        now_s = time.perf_counter()
+        self._token_s.append(now_s - self._last_s)
+        self._last_s = now_s
+
+    def read(self) -> None:
+        """Takes the stages' times of the step that has ended: not before the next token is on its way."""
+        if len(self._stages) < len(self._token_s):
+            self._stages.append(self._head.timings())
 
     def stages(self) -> list[StageTimes]:
         """Medians per stage, the head last."""
+        self.read()
         if not self._token_s:
             return []
         token_s = np.array(self._token_s)

@@ -84,21 +84,20 @@ class RingHead:
         self._outbound = outbound
         self._received = Frame(micro_batch=stage.micro_batch, hidden_size=stage.model.shape.hidden_size)
         self._next_frame = outbound.free_frame() if outbound is not None else self._received
+        self._compute_s = 0.0
 
     @property
     def num_hops(self) -> int:
         return self.num_stages if self._outbound is not None else 0
 
-    def decode(
-        self, token_id: int, position: int, *, meanwhile: Callable[[], None] = _nothing
-    ) -> tuple[FloatArray, list[StageTiming]]:
+    def decode(self, token_id: int, position: int, *, meanwhile: Callable[[], None] = _nothing) -> FloatArray:
         """Computes one token.
 
         Args:
             meanwhile: called once, as soon as the token is on its way: work that need not delay it.
 
         Returns:
-            Logits [vocabulary], a view that the next call overwrites, and each stage's time, the head's last.
+            Logits [vocabulary], a view that the next call overwrites.
         """
         set_threads(self.stage, self._threads, 1)
         started_s = time.perf_counter()
@@ -111,10 +110,14 @@ class RingHead:
             x_BD = self._received.hidden_states
         started_s = time.perf_counter()
         logits_BV = self.stage.forward(x_BD, position, num_outputs=1)
-        compute_s = time.perf_counter() - started_s + embed_s
-        timings = self._received.timings if self._inbound is not None else []
-        timings.append(StageTiming(compute_s=compute_s, held_s=compute_s))
-        return logits_BV[0], timings
+        self._compute_s = time.perf_counter() - started_s + embed_s
+        logits_V: FloatArray = logits_BV[0]
+        return logits_V
+
+    def timings(self) -> list[StageTiming]:
+        """What each stage spent on the last decoded token, the head last. Until the next one comes home."""
+        of_others = self._received.timings if self._inbound is not None else []
+        return [*of_others, StageTiming(compute_s=self._compute_s, held_s=self._compute_s)]
 
     def prefill(
         self,

@@ -124,7 +124,8 @@ class Sampler:
         Raises:
             ValueError: the id is outside of the vocabulary.
         """
-        _check_ids((token_id,), self._vocab_size, "the answer")
+        if not 0 <= token_id < self._vocab_size:
+            _check_ids((token_id,), self._vocab_size, "the answer")
         if self._parameters.has_penalties:
             self._history.add(token_id, in_answer=True)
 
