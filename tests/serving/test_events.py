@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 import pytest
+from starlette.types import Message
 
 from shoal.errors import WorkerLost
 from shoal.runtime import errors_by_name
@@ -249,5 +250,42 @@ def test_web_pages_are_let_in_only_where_asked_for(origins: list[str], allowed: 
             assert other.status_code == (200 if allowed == "*" else 403)
             own = str(client.base_url).rstrip("/")
             assert (await client.post("/v1/completions", json=asked, headers={"origin": own})).status_code == 200
+
+    play(scenario)
+
+
+def test_events_keep_their_order_on_the_short_way_and_through_the_buffer() -> None:
+    """The connection takes what is written at once in some moments and not in others, as one with a full socket does."""
+
+    async def scenario() -> None:
+        received: list[bytes] = []
+        is_open = True
+
+        def write(data: bytes) -> bool:
+            if is_open:
+                received.append(data)
+            return is_open
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body" and message["body"]:
+                await asyncio.sleep(0.001)
+                received.append(message["body"])
+
+        async def produce(outbox: events.Outbox) -> None:
+            nonlocal is_open
+            for number in range(300):
+                is_open = number % 7 < 4
+                outbox.put(b"%d" % number)
+                if number % 5 == 0:
+                    await asyncio.sleep(0.002)
+
+        async def receive() -> Message:
+            return await asyncio.Future()
+
+        stream = events.EventStream(produce, report=lambda _: None)
+        await stream({"type": "http", "state": {connection.WRITE_CHUNK: write}}, receive, send)
+        said = b"".join(received)
+        assert said == b"".join(b"data: %d\n\n" % number for number in range(300)) + b"data: [DONE]\n\n"
+        assert len(received) > 60, "some went the short way"
 
     play(scenario)

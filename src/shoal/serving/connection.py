@@ -24,23 +24,32 @@ HEADER_BYTES_MAX = 32 * 1024
 READ_TIMEOUT_S = 60.0
 """How long a client may take nothing of what waits for it."""
 KEEP_ALIVE_TIMEOUT_S = 75
+WRITE_CHUNK = "write_chunk"
+"""In a request's `state`: what sends more of a streamed reply within the call, `Callable[[bytes], bool]`. A message of ASGI
+takes a task's turn and five calls for the same, for every token."""
 _SHUTDOWN_GRACE_S = 3
 _CONNECTIONS_MAX = 2048
+
+
+def framed(data: bytes) -> bytes:
+    """One chunk of HTTP/1.1's chunked encoding; `data` is not empty."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class _Parser(h11.Connection):
     """h11's, with a short way for the chunks of a streamed reply: their frame is all that it would add."""
 
-    _is_chunked = False
+    is_chunked = False
+    """Whether a reply has begun that is sent in chunks, and has not ended."""
 
     def send_with_data_passthrough(self, event: Any) -> Any:
-        if type(event) is h11.Data and self._is_chunked:
-            return (b"%x\r\n" % len(event.data), event.data, b"\r\n") if event.data else ()
+        if type(event) is h11.Data and self.is_chunked:
+            return (framed(event.data),) if event.data else ()
         sent = super().send_with_data_passthrough(event)
         if type(event) is h11.Response:
-            self._is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(sent or ()).lower()
+            self.is_chunked = b"\r\ntransfer-encoding: chunked\r\n" in b"".join(sent or ()).lower()
         elif type(event) is h11.EndOfMessage:
-            self._is_chunked = False
+            self.is_chunked = False
         return sent
 
 
@@ -53,11 +62,20 @@ class _Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Parser(h11.SERVER, self.config.h11_max_incomplete_event_size or HEADER_BYTES_MAX)
+        self.conn: _Parser = _Parser(h11.SERVER, self.config.h11_max_incomplete_event_size or HEADER_BYTES_MAX)
+        # Every request's scope gets a copy of this.
+        self.app_state = {**self.app_state, WRITE_CHUNK: self._write_chunk}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_clock()
+
+    def _write_chunk(self, data: bytes) -> bool:
+        """Sends more of a reply in chunks; False where none has begun, or its client does not keep up."""
+        if not self.conn.is_chunked or self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(framed(data))
+        return True
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

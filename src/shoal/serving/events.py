@@ -1,7 +1,8 @@
 """Decides how an answer reaches its HTTP client: at once or as events, in time, and never at the ring's expense.
 
 Producing and sending are two tasks with a buffer between them. A client that reads slowly fills its own buffer and
-delays nobody: the ring goes on, and is free for the next request as soon as the answer is complete. A buffer that is
+delays nobody: the ring goes on, and is free for the next request as soon as the answer is complete. While a client
+keeps up, its buffer is empty, and an event is written to its connection within the call that brings it. A buffer that is
 full ends that one answer; so does a client that takes nothing for a minute, which the connection notices
 (`connection.py`). A client that leaves ends it at once.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from shoal.serving.connection import WRITE_CHUNK
 from shoal.serving.failures import ApiError, from_error
 
 KEEP_ALIVE_S = 10.0
@@ -31,10 +33,15 @@ _HEADERS = [
 Report = Callable[[Exception], None]
 
 
-class Outbox:
-    """What one client has still to be sent."""
+Write = Callable[[bytes], bool]
+"""Sends more of a reply at once; False where it cannot."""
 
-    def __init__(self) -> None:
+
+class Outbox:
+    """What one client has still to be sent. `write` is the short way to a client that keeps up."""
+
+    def __init__(self, write: Write | None = None) -> None:
+        self._write = write
         self._chunks: list[bytes] = []
         self._num_bytes = 0
         self._waiting: asyncio.Future[None] | None = None
@@ -78,10 +85,19 @@ class Outbox:
 
     def nudge(self) -> None:
         """Ends waiting, for whatever reason there is."""
-        if self._waiting is not None and not self._waiting.done():
+        if self._is_awaited:
+            assert self._waiting is not None
             self._waiting.set_result(None)
 
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether all before has been sent, and more is waited for."""
+        return self._waiting is not None and not self._waiting.done()
+
     def _add(self, data: bytes) -> None:
+        if self._is_awaited and self.has_started and self._write is not None and self._write(data):
+            self.last_taken_s = time.monotonic()
+            return
         if self._num_bytes + len(data) > BUFFER_BYTES_MAX:
             raise ApiError(408, "the answer was cut off: the client does not read it", code="client_too_slow")
         self._chunks.append(data)
@@ -106,7 +122,7 @@ class EventStream(Response):
         self._report = report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outbox = Outbox()
+        outbox = Outbox(scope.get("state", {}).get(WRITE_CHUNK))
         producing = asyncio.ensure_future(self._produce(outbox))
         producing.add_done_callback(lambda _: outbox.close())
         leaving = asyncio.ensure_future(_wait_left(receive))
