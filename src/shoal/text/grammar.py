@@ -3,7 +3,9 @@
 The work is done by `llguidance`; what is here gives it our vocabulary and writes its grammars (a dialect of Lark).
 A schema that it cannot enforce in full is refused, not enforced in part.
 
-Whitespace in JSON is held short: a model that has nothing to say would otherwise fill its answer with it.
+What a model may repeat without end is held short, since one that has nothing to say would fill its answer with it:
+whitespace in JSON, the digits of integers (those of 64 bits), and the fractions of seconds and of numbers for which a
+range is given (nine digits).
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ class GrammarWriter:
         Raises:
             RequestError: the schema is no JSON object.
         """
-        return self._assemble("body", f"body: {_json(schema, where='response_format.json_schema.schema')}")
+        return self._assemble("body", f"body: {json_grammar(schema, where='response_format.json_schema.schema')}")
 
     def calls(self, tools: Sequence[Mapping[str, Any]], *, is_required: bool, name: str = "", parallel: bool = True) -> str:
         """Calls of `tools` (as in OpenAI's API): at least one if required, else wherever the model begins one.
@@ -145,7 +147,7 @@ class GrammarWriter:
         for index, function in enumerate(functions):
             schema = json.dumps(function.get("parameters") or {"type": "object"})
             begin = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{form.arguments_key}": '
-            body = _json(schema, where=f"tools[{index}].function.parameters")
+            body = json_grammar(schema, where=f"tools[{index}].function.parameters")
             rules.append(f'object_{index}: {_literal(begin)} {body} "}}"')
         objects = " | ".join(f"object_{index}" for index in range(len(functions)))
         rules.append(f"object: {objects}")
@@ -204,17 +206,66 @@ def _list(*, parallel: bool) -> str:
     return 'SPACE "[" object (", " object)* "]"' if parallel else 'SPACE "[" object "]"'
 
 
-def _json(schema: str, *, where: str) -> str:
+def json_grammar(schema: str, *, where: str) -> str:
+    """A grammar of JSON texts that satisfy a schema, as the body of a rule.
+
+    Raises:
+        RequestError: it cannot be enforced, `where` it stands in the request.
+    """
     try:
         parsed = json.loads(schema)
     except ValueError as error:
         raise RequestError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise RequestError(f"{where}: a JSON schema is an object, not {type(parsed).__name__}")
-    grammar = "%json " + json.dumps({**parsed, "x-guidance": {"whitespace_pattern": _WHITESPACE}})
+    grammar = "%json " + json.dumps({**_held_short(parsed), "x-guidance": {"whitespace_pattern": _WHITESPACE}})
     if problem := LLMatcher.validate_grammar(f"start: {grammar}"):
         raise RequestError(f"{where}: cannot be enforced: {_first_line(problem)}")
     return grammar
+
+
+_IN_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_IN_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_ALONE = ("items", "additionalProperties")
+"""Keywords below which a schema has schemas that an answer must satisfy: by name, in order, alone."""
+_RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_FRACTION_STEP = 1e-9
+_LENGTHS_MAX = {
+    "time": len("12:34:56.123456789+00:00"),
+    "date-time": len("2000-01-01T12:34:56.123456789+00:00"),
+    "duration": len("P12345678Y12M12DT12H12M12.123456789S"),
+}
+_INTEGER_MAX = 9 * 10**18
+"""Nearly all of 64 bits: llguidance draws no range that ends at 2^63 - 1."""
+
+
+def _held_short(schema: Any) -> Any:
+    """The schema with numbers and times of bounded length; whatever satisfies it satisfies `schema`."""
+    if not isinstance(schema, dict):
+        return schema
+    short = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in _IN_MAPS and isinstance(value, dict):
+            short[keyword] = {name: _held_short(part) for name, part in value.items()}
+        elif keyword in _IN_LISTS and isinstance(value, list):
+            short[keyword] = [_held_short(part) for part in value]
+        elif keyword in _ALONE:
+            short[keyword] = _held_short(value)
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    bounds = [schema[name] for name in _RANGE if isinstance(schema.get(name), (int, float))]
+    if "number" in kinds:
+        # Without a range a number may have an exponent, which a step would rule out.
+        if bounds and "multipleOf" not in schema and all(bound == 0 or abs(bound) >= 1e-3 for bound in bounds):
+            short["multipleOf"] = _FRACTION_STEP
+    elif "integer" in kinds and all(abs(bound) <= _INTEGER_MAX for bound in bounds):
+        if "minimum" not in schema and "exclusiveMinimum" not in schema:
+            short["minimum"] = -_INTEGER_MAX
+        if "maximum" not in schema and "exclusiveMaximum" not in schema:
+            short["maximum"] = _INTEGER_MAX
+    if schema.get("format") in _LENGTHS_MAX and not {"minLength", "maxLength"} & schema.keys():
+        short["maxLength"] = _LENGTHS_MAX[schema["format"]]
+    return short
 
 
 def _literal(text: str) -> str:

@@ -29,13 +29,14 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "top_k": (0, 2**31 - 1, "0 (no limit) or more"),
     "top_p": (0.0, 1.0, "above 0, to 1 (no limit)"),
     "min_p": (0.0, 1.0, "0 (no limit) to 1"),
-    "repetition_penalty": (0.0, 100.0, "above 0, to 100; 1 is none"),
+    "repetition_penalty": (0.01, 100.0, "0.01 to 100; 1 is none"),
     "presence_penalty": (-2.0, 2.0, "-2 to 2"),
     "frequency_penalty": (-2.0, 2.0, "-2 to 2"),
     "penalty_last_n": (-1, 2**31 - 1, "-1 (the whole context), 0 (no penalties) or more"),
     "seed": (-(2**63), 2**64 - 1, "-2^63 to 2^64 - 1"),
 }
-_MUST_EXCEED_MIN = ("top_p", "repetition_penalty")
+_MUST_EXCEED_MIN = ("top_p",)
+_TEMPERATURE_MIN = 1e-5
 _BIAS_MAX = 1000.0
 # How many candidates are tried first when only top-p or min-p cut: nearly always enough, and 30 times faster than all.
 _NUM_CANDIDATES = 1024
@@ -49,7 +50,7 @@ class SamplingParameters(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     temperature: float = 1.0
-    """0 takes the likeliest token, the one of lowest id if several are."""
+    """0, and whatever is below 0.00001, takes the likeliest token, the one of lowest id if several are."""
     top_k: int = 0
     """Only the k likeliest tokens; 0 is no limit."""
     top_p: float = 1.0
@@ -85,7 +86,7 @@ class SamplingParameters(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_greedy(self) -> bool:
         """Whether no number is drawn."""
-        return self.temperature == 0.0
+        return self.temperature < _TEMPERATURE_MIN
 
     @property
     def has_penalties(self) -> bool:
