@@ -80,6 +80,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _event(data: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    texts = [
+        *({"type": "string", "contentMediaType": "application/json", "contentSchema": schema} for schema in (data, error)),
+        {"const": "[DONE]"},
+    ]
+    return {"type": "object", "properties": {"data": {"anyOf": texts}}, "required": ["data"]}
+
+
 def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if operation.reply is not None:
@@ -87,7 +95,8 @@ def _describe(operation: Operation, schemas: dict[Any, Any]) -> dict[str, Any]:
     else:
         content["text/plain"] = {"schema": {"type": "string"}}
     if operation.stream is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": schemas[operation.stream]}
+        # Before OpenAPI 3.2 the schema of a stream of events is each event's.
+        content["text/event-stream"] = {"schema": _event(schemas[operation.stream], schemas[replies.ErrorBody])}
     error = {"application/json": {"schema": schemas[replies.ErrorBody]}}
     if operation.path == "/readyz":
         error = {"application/json": {"schema": {"anyOf": [schemas[replies.Health], schemas[replies.ErrorBody]]}}}
