@@ -130,14 +130,15 @@ def test_a_squeeze_below_what_is_in_use_says_so_or_kills(lab: MakeLab) -> None:
 )
 def test_the_disk_is_as_slow_as_it_says_in_every_half_second(lab: MakeLab, tmp_path: Path, rate: float) -> None:
     file = tmp_path / "weights"
-    file.write_bytes(os.urandom(int(rate * 2.6e6)))
+    file.write_bytes(os.urandom(int(rate * 3.2e6)))
     network = lab(devices(slow={"disk_mb_s": rate, "files": [{"path": str(file)}]}))
 
     def attempt() -> None:
         make_cold(network.files_folder("slow"))
         status, out, said = network.run("slow", python(_READ, "{files}/weights"))
         assert status == 0, said
-        windows = json.loads(out)[:-1]  # the last is cut short
+        # The first has what the kernel had saved up while nothing was read (at most 0.2 s worth); the last is cut short.
+        windows = json.loads(out)[1:-1]
         assert len(windows) >= 4
         rates = [num_bytes / 0.5 / 1e6 for num_bytes in windows]
         assert all(abs(found / rate - 1) <= 0.07 for found in rates), f"{rates} of {rate} MB/s"

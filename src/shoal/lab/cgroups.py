@@ -159,6 +159,19 @@ def limit(hierarchy: Hierarchy, name: str, limits: Limits) -> None:
             raise LabError(f"cannot limit {what}: '{value}' to {folder / file}: {error.strerror}") from error
 
 
+def count_reads(hierarchy: Hierarchy, name: str, disk: str) -> None:
+    """Makes the kernel count what a device without a limit reads of 'major:minor'.
+
+    Version 1 counts no reads of a disk on which no group was ever throttled; a limit that is taken back is enough.
+    """
+    folder = hierarchy.folder("blkio", name)
+    if hierarchy.version != 1 or folder is None:
+        return
+    with contextlib.suppress(OSError):  # without throttling in the kernel, nothing is counted
+        for bytes_s in (1 << 50, 0):
+            (folder / "blkio.throttle.read_bps_device").write_text(f"{disk} {bytes_s}")
+
+
 def _writes(version: int, limits: Limits) -> Iterable[tuple[str, str, str, str | None]]:
     """(controller, file, value, what is limited); None for what is only there to make another limit tight."""
     if limits.memory_bytes is not None:

@@ -203,6 +203,8 @@ class Lab:
         disk_bytes_s = self.scenario.disk_bytes_s(name)
         group = self.record.groups[name]
         cgroups.prepare(hierarchy, group)
+        with contextlib.suppress(LabError):  # a folder in memory has no disk
+            cgroups.count_reads(hierarchy, group, block_device.disk_of(folder))
         cgroups.limit(
             hierarchy,
             group,
