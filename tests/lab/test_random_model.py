@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import gguf
@@ -88,6 +89,9 @@ def test_quantised_values_are_near_the_originals(type_name: str) -> None:
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("first.gguf", "second.gguf", "other.gguf")]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f"first.gguf.partial-{ended.pid}").write_bytes(b"of a writer that was killed")
     for path, seed in zip(paths, (5, 5, 6), strict=True):
         size_bytes = write_random_model(path, TINY, quantisation="Q8_0", seed=seed)
         assert path.stat().st_size == size_bytes

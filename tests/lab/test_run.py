@@ -93,7 +93,9 @@ def check_matrix(facts: Facts) -> None:
 
 def test_home4s_links_are_as_it_says_and_its_tables_fit(lab_folder: Path) -> None:
     def attempt() -> None:
-        facts = run(tcp("home4", seconds_per_pair=0.4, num_round_trips=10))
+        said: list[str] = []
+        facts = run(tcp("home4", seconds_per_pair=0.4, num_round_trips=10), say=said.append)
+        assert any(line.startswith("measuring ") and " of 12: " in line for line in said)
         assert len(facts.workload["pairs"]) == 12
         check_matrix(facts)
         for link in facts.links:
@@ -211,10 +213,16 @@ def test_what_a_workload_prints_and_its_status_are_facts(lab_folder: Path) -> No
     facts = run(scenario.parse(table, label="test", name="test"))
     assert facts.workload == {"x": 7}
     assert facts.workload_status == 3
+    assert [failure.rpartition(" ended ")[2] for failure in facts.failures] == ["with status 3"]
     table["workload"] = {}
+    table["devices"] = {"one": {"command": "no-such-command 1"}}
+    facts = run(scenario.parse(table, label="test", name="test"))
+    assert facts.failures == [
+        "one: `no-such-command 1` ended with status 127: shoal lab: cannot run 'no-such-command': No such file or directory"
+    ]
     table["devices"] = {"one": {"command": "echo 1"}, "two": {"command": "echo plain words"}}
     facts = run(scenario.parse(table, label="test", name="test"))
-    assert facts.ended == "commands"
+    assert (facts.ended, facts.failures) == ("commands", [])
     assert facts.workload == {"one": 1, "two": "plain words"}
     assert Path(facts.logs, "two-0.out").read_text() == "plain words\n"
 

@@ -123,6 +123,8 @@ def report(facts: Facts, console: Console) -> None:
         f"priority {router.priority}; logs in {facts.logs}",
         highlight=False,
     )
+    for failure in facts.failures:
+        console.print(f"[red]failed:[/] {escape(failure)}", highlight=False)
     for mark in facts.marks:
         console.print(f"[yellow]beware:[/] {escape(mark)}", highlight=False)
 

@@ -86,6 +86,7 @@ class Facts(msgspec.Struct, frozen=True):
     Attributes:
         ended: "workload", "commands", "time limit" or "router lost".
         workload: what the workload printed, as JSON where it is JSON; `workload_status` is its exit status.
+        failures: commands that ended with another status than 0, each with the last line that it wrote to standard error.
         marks: reasons to doubt the times, in words; empty if there is none.
         logs: the folder with every command's output.
     """
@@ -102,6 +103,7 @@ class Facts(msgspec.Struct, frozen=True):
     timeline: list[Executed]
     workload: Any
     workload_status: int | None
+    failures: list[str]
     marks: list[str]
     logs: str
 

@@ -6,6 +6,7 @@ Source: the GGUF specification, version 3: magic, counts, metadata, tensor descr
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import struct
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from shoal.errors import CannotWrite
 from shoal.units import format_bytes
@@ -63,6 +65,7 @@ def write_gguf(
     header = _header(metadata, tensors)
     size_bytes = len(header) + sum(_aligned(tensor.num_bytes) for tensor in tensors)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    _remove_abandoned(path)
     try:
         _check_room(path, size_bytes)
         with partial.open("wb") as output:
@@ -78,6 +81,15 @@ def write_gguf(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return size_bytes
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Parts of this file by writers that were killed."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def _check_room(path: Path, size_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ _TICK_S = 0.02
 _SAMPLE_S = 0.25
 _LOGS_KEPT = 20
 _OUTPUT_BYTES_MAX = 64 << 20
+_LAST_LINE_BYTES_MAX = 1000
+_PROGRESS_S = 2.0
 
 Say = Callable[[str], None]
 
@@ -67,6 +70,12 @@ class _Workload:
             return "workload" if self._process.exit_status is not None else ""
         own = [process for name in self._lab.devices for process in self._lab.processes(name)]
         return "commands" if own and all(process.exit_status is not None for process in own) else ""
+
+    def progress(self) -> str:
+        """How far the traffic coordinator has come, in its own words; '' where there is none."""
+        if self._coordinator is None:
+            return ""
+        return (self._lab.folder / "traffic.err").read_text().rstrip("\n").rpartition("\n")[2]
 
     def stop(self) -> None:
         if self._coordinator is not None:
@@ -119,6 +128,12 @@ def run(
             workload.stop()
         result, status = workload.result()
         exit_statuses = {name: [process.exit_status for process in lab.processes(name)] for name in lab.devices}
+        failures = [
+            describe_failure(process)
+            for name in lab.devices
+            for process in lab.processes(name)
+            if process.exit_status not in (0, None)
+        ]
         marks = observer.marks()
         lab.end_commands()
         logs = _keep_logs(lab)
@@ -135,6 +150,7 @@ def run(
             timeline=executed,
             workload=result,
             workload_status=status,
+            failures=failures,
             marks=marks,
             logs=str(logs),
         )
@@ -148,6 +164,7 @@ def _follow(lab: Lab, workload: _Workload, observer: Observer, say: Say) -> tupl
     executed: list[Executed] = []
     began_s = time.monotonic()
     next_sample_s = 0.0
+    next_progress_s, progress = _PROGRESS_S, ""
     while True:
         now_s = time.monotonic() - began_s
         if not lab.router_is_alive():
@@ -158,6 +175,11 @@ def _follow(lab: Lab, workload: _Workload, observer: Observer, say: Say) -> tupl
         if now_s >= next_sample_s:
             observer.sample()
             next_sample_s = now_s + _SAMPLE_S
+        if now_s >= next_progress_s:
+            next_progress_s = now_s + _PROGRESS_S
+            before, progress = progress, workload.progress()
+            if progress != before:
+                say(progress)
         if ended := workload.ended:
             return executed, ended
         if now_s >= lab.scenario.seconds_max:
@@ -190,6 +212,15 @@ def describe_executed(executed: Executed) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in what.items() if key not in ("between", "from", "to", "device"))
     problem = f" ({executed.problem})" if executed.problem else ""
     return f"{executed.done_s:.3f} s: {executed.do} {where}{' ' + rest if rest else ''}{problem}"
+
+
+def describe_failure(process: DeviceProcess) -> str:
+    """One line: 'laptop: `shoal up` ended with status 2: port 7433 is in use'."""
+    with process.stderr.open("rb") as file:
+        file.seek(max(0, process.stderr.stat().st_size - _LAST_LINE_BYTES_MAX))
+        said = file.read().decode(errors="replace").strip().rpartition("\n")[2]
+    ended = f"{process.device}: `{shlex.join(process.command)}` ended with status {process.exit_status}"
+    return f"{ended}: {said}" if said else ended
 
 
 def read_output(path: Path) -> Any:

@@ -259,11 +259,13 @@ def measure(
     num_round_trips: int,
     at_once: bool,
     expected: Expected,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """One row per pair: `from`, `to`, `rate_mbit_s`, `rtt_ms_p50`, `rtt_ms_p99`, or `problem`.
 
     Args:
         expected: called for a pair as its turn comes; what it returns is part of the row.
+        say: takes one line on how far it is.
     """
 
     def trips(pair: tuple[str, str]) -> dict[str, Any]:
@@ -275,10 +277,15 @@ def measure(
     if at_once:
         with ThreadPoolExecutor(max(1, len(pairs))) as pool:
             found = [(expected(*pair), trips(pair)) for pair in pairs]
+            say(f"filling all {len(pairs)} directions at once for {seconds:g} s")
             return [
                 _row(pair, *before, filled) for pair, before, filled in zip(pairs, found, pool.map(fill, pairs), strict=True)
             ]
-    return [_row(pair, expected(*pair), trips(pair), fill(pair)) for pair in pairs]
+    rows = []
+    for number, pair in enumerate(pairs, start=1):
+        say(f"measuring {number} of {len(pairs)}: {pair[0]} to {pair[1]}")
+        rows.append(_row(pair, expected(*pair), trips(pair), fill(pair)))
+    return rows
 
 
 def _row(pair: tuple[str, str], expected: dict[str, Any], trip: dict[str, Any], fill: dict[str, Any]) -> dict[str, Any]:
@@ -350,6 +357,7 @@ def main() -> None:
         num_round_trips=plan["num_round_trips"],
         at_once=plan["at_once"],
         expected=_scenario_of(Path(plan["router"]), paths),
+        say=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     )
     json.dump({"pairs": rows}, sys.stdout)
 
