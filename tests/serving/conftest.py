@@ -13,7 +13,16 @@ import psutil
 import pytest
 
 from benchmarks.models import smollm2
-from tests.serving.models import USER_DEFINED, write_embedder, write_plain_model, write_talker
+from tests.serving.models import (
+    LLAMA_MARKS,
+    LLAMA_TEMPLATE,
+    MISTRAL_MARKS,
+    MISTRAL_TEMPLATE,
+    USER_DEFINED,
+    write_embedder,
+    write_plain_model,
+    write_talker,
+)
 from tests.serving.server import Server, running
 
 _shared_servers: list[int] = []
@@ -28,6 +37,8 @@ def served_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_plain_model(folder / "exact.gguf", quantisation="F32")
     write_talker(folder / "talker.gguf")
     write_talker(folder / "thinker.gguf", mark_type=USER_DEFINED)
+    write_talker(folder / "mistral.gguf", marks=MISTRAL_MARKS, template=MISTRAL_TEMPLATE)
+    write_talker(folder / "llama.gguf", marks=LLAMA_MARKS, template=LLAMA_TEMPLATE)
     write_embedder(folder / "embedder.gguf")
     (folder / "smollm2.gguf").symlink_to(smollm2())
     return folder
@@ -44,7 +55,7 @@ def server(served_models: Path, cache: Path) -> Iterator[Server]:
     """Serves everything in the folder, and has all of it in memory."""
     with running("--keep-alive=100000", models=served_models, cache=cache) as server:
         _shared_servers.append(server.process.pid)
-        server.load("plain", "exact", "talker", "thinker", "embedder", "smollm2")
+        server.load("plain", "exact", "talker", "thinker", "mistral", "llama", "embedder", "smollm2")
         yield server
 
 

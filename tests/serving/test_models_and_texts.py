@@ -23,7 +23,7 @@ EMBEDDINGS = "/v1/embeddings"
 @pytest.mark.shows("/v1/models")
 def test_models_are_listed(client: openai.OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
-    assert set(models) == {"plain", "exact", "talker", "thinker", "embedder", "smollm2"}
+    assert set(models) == {"plain", "exact", "talker", "thinker", "mistral", "llama", "embedder", "smollm2"}
     plain = models["plain"]
     assert (plain.object, plain.owned_by) == ("model", "shoal")
     assert plain.created > 1_600_000_000
