@@ -55,7 +55,14 @@ def test_usage_of_version_2(tmp_path: Path) -> None:
     (folder / "cpu.stat").write_text("usage_usec 1500000\nthrottled_usec 250000\n")
     (folder / "io.stat").write_text("8:0 rbytes=4096 wbytes=1 rios=1\n8:16 rbytes=904 wbytes=0\n")
     assert cgroups.usage(hierarchy, "lab/one") == cgroups.Usage(
-        memory_bytes=100, memory_bytes_peak=300, page_ins=5, bytes_read=5000, cpu_s=1.5, throttled_s=0.25, oom_kills=2
+        memory_bytes=100,
+        memory_bytes_peak=300,
+        pinned_bytes=7,
+        page_ins=5,
+        bytes_read=5000,
+        cpu_s=1.5,
+        throttled_s=0.25,
+        oom_kills=2,
     )
 
 

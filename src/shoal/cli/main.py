@@ -27,7 +27,7 @@ Peers = Annotated[
     list[str] | None, typer.Option("--peer", help="Address of another device's agent; repeat for more.", metavar="ADDRESS")
 ]
 Models = Annotated[list[Path] | None, typer.Option("--models", help="A folder with .gguf files; repeat for more.")]
-Memory = Annotated[str | None, typer.Option(help="Most memory that models may use here, such as 8GB.", metavar="SIZE")]
+Memory = Annotated[str | None, typer.Option(help="Most memory that shoal may take here, such as 8GB.", metavar="SIZE")]
 Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threads; measured if not given.")]
 Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal status` lists them.")]
 Name = Annotated[str | None, typer.Option(help="This device's name; the host's if not given.")]

@@ -90,7 +90,7 @@ def _announce(options: AgentOptions, port: int, *, as_json: bool) -> None:
     console = Console(stderr=True)
     console.print(f"shoal {__version__}: [bold]{options.name}[/] listens on [bold]{address}[/]")
     if options.memory_limit_bytes is not None:
-        console.print(f"models may use {format_bytes(options.memory_limit_bytes)} here")
+        console.print(f"shoal may take {format_bytes(options.memory_limit_bytes)} here")
     if not options.host.startswith(_LOOPBACK):
         console.print(
             "[yellow]warning:[/] links are not authenticated or encrypted yet: whoever reaches this address can use this "

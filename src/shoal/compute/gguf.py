@@ -21,7 +21,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import numpy as np
 
+from shoal.compute.page_cache import Extent, keep_resident
 from shoal.errors import BadModelFile, ModelNotFound, UnsupportedModel
 
 HEADER_BYTES_MAX = 256 << 20
@@ -151,6 +152,26 @@ class GGUFFile:
         part = self._parts[info.part]
         assert not part.open_map.closed
         return part.address + info.offset
+
+    @property
+    def part_paths(self) -> list[Path]:
+        """The files the model consists of, in order."""
+        return [part.path for part in self._parts]
+
+    def keep_resident(self, infos: Iterable[TensorInfo]) -> None:
+        """Brings these tensors into memory and takes everything else out, where the system lets us say so.
+
+        Raises:
+            BadModelFile: a file is gone.
+        """
+        wanted: list[list[Extent]] = [[] for _ in self._parts]
+        for info in infos:
+            wanted[info.part].append((info.offset, info.offset + info.num_bytes))
+        for part, extents in zip(self._parts, wanted, strict=True):
+            try:
+                keep_resident(part.path, part.open_map, extents)
+            except OSError as error:
+                raise BadModelFile(f"{part.path} cannot be read: {error.strerror or error}") from error
 
     def release(self, info: TensorInfo) -> None:
         """Tells the system that the tensor's pages will not be needed soon; they stay readable."""

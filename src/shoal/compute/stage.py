@@ -79,7 +79,8 @@ class Stage:
         if streaming is not None:
             if not backend.is_host:
                 raise ValueError(f"device {backend.device_name} has memory of its own: only host devices stream weights")
-            self.streamed = StreamedTensors(model.path, [run for run in in_order if run.name in streaming.names], streaming)
+            turns = [run for run in in_order if run.name in streaming.names]
+            self.streamed = StreamedTensors(model.file.part_paths, turns, streaming)
             in_order = [run for run in in_order if run.name not in streaming.names]
         self.weights = Weights(
             model.file,
@@ -88,6 +89,8 @@ class Stage:
             repackable=matrices if repack and streaming is None else (),
             backend=backend,
         )
+        if streaming is not None:
+            model.file.keep_resident([*in_order, *(tensors[name] for name in vectors)])
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}

@@ -28,9 +28,9 @@ from shoal.placement.window import ByteRing
 
 BLOCK_BYTES = 4096
 """What direct reads are aligned to: no disk or file system in use wants more."""
-REQUEST_BYTES = 4 * 1024 * 1024
+REQUEST_BYTES = 2 * 1024 * 1024
 REQUESTS_IN_FLIGHT = 2
-RUN_BYTES = 8 * 1024 * 1024
+RUN_BYTES = 4 * 1024 * 1024
 """Small enough that a ring of some of them is a few per cent of a small device, large enough for a disk's full rate."""
 _ROWS_MULTIPLE = 64
 """Kernels take rows in blocks."""
@@ -132,12 +132,23 @@ class UncachedFile:
         os.close(self.descriptor)
 
 
+def _huge_pages(num_bytes: int) -> mmap.mmap:
+    """Memory that direct reads need not pin page by page, and that is given back quickly when the process ends."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, num_bytes)
+    # Private: shared memory gets no huge pages on most systems.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 class _Piece:
     """One tensor's bytes on their way or here. `address` is where the tensor begins."""
 
-    __slots__ = ("address", "begin", "end_offset", "next_offset", "num_pending", "stop_offset")
+    __slots__ = ("address", "begin", "end_offset", "next_offset", "num_pending", "part", "stop_offset")
 
     def __init__(self, info: TensorInfo, begin: int, base: int) -> None:
+        self.part = info.part
         start = info.offset // BLOCK_BYTES * BLOCK_BYTES
         self.begin = begin - start  # file offset -> ring offset
         self.next_offset = start
@@ -182,11 +193,12 @@ def room_bytes(info: TensorInfo) -> int:
 
 
 class StreamedTensors:
-    """Tensors of one file that take turns in a ring of bytes. One thread uses them, in order, round and round.
+    """Tensors of one model that take turns in a ring of bytes. One thread uses them, in order, round and round.
 
     `tensors[name]` may be used in a graph from the return of `acquire(name)` until `release(name)`.
 
     Args:
+        paths: of the model's parts.
         infos: in the order of use. None may be larger than the ring.
         streaming: sizes of the ring and of reads; what reads are best depends on the disk.
 
@@ -194,22 +206,19 @@ class StreamedTensors:
         ValueError: the ring cannot hold the largest tensor.
     """
 
-    def __init__(self, path: Path, infos: Sequence[TensorInfo], streaming: Streaming) -> None:
+    def __init__(self, paths: Sequence[Path], infos: Sequence[TensorInfo], streaming: Streaming) -> None:
         ring_bytes = streaming.ring_bytes // BLOCK_BYTES * BLOCK_BYTES
         largest = max(infos, key=room_bytes)
         if room_bytes(largest) > ring_bytes:
             raise ValueError(
                 f"a ring of {ring_bytes} bytes cannot hold {largest.name}: at least {room_bytes(largest)} are needed"
             )
-        self._path = path
+        self._paths = list(paths)
         self._infos = list(infos)
         self._index_of = {info.name: index for index, info in enumerate(infos)}
         self._request_bytes = -(-streaming.request_bytes // BLOCK_BYTES) * BLOCK_BYTES
-        self._file = UncachedFile(path)
-        self._memory = mmap.mmap(-1, ring_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Giving back many small pages takes long when the process ends.
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._files = {part: UncachedFile(self._paths[part]) for part in sorted({info.part for info in infos})}
+        self._memory = _huge_pages(ring_bytes)
         self._view = memoryview(self._memory)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._ring = ByteRing(ring_bytes)
@@ -257,7 +266,7 @@ class StreamedTensors:
 
     @property
     def read_mode(self) -> str:
-        return self._file.mode
+        return ", ".join(sorted({file.mode for file in self._files.values()}))
 
     def acquire(self, name: str) -> None:
         """Waits until the tensor's bytes are here, and points it at them.
@@ -290,7 +299,8 @@ class StreamedTensors:
             self._changed.notify_all()
         for reader in self._readers:
             reader.join()
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         ggml.lib.ggml_backend_buffer_free(self._buffer)
         ggml.lib.ggml_free(self._context)
         self.tensors.clear()
@@ -304,7 +314,9 @@ class StreamedTensors:
             try:
                 self._fill(piece, offset, num_bytes)
             except OSError as error:
-                self._fail(BadModelFile(f"{self._path}: reading at byte {offset} failed: {error.strerror or error}"))
+                self._fail(
+                    BadModelFile(f"{self._paths[piece.part]}: reading at byte {offset} failed: {error.strerror or error}")
+                )
                 return
             with self._changed:
                 piece.num_pending -= 1
@@ -344,7 +356,7 @@ class StreamedTensors:
         target = self._view[piece.begin + offset : piece.begin + offset + num_bytes]
         done = 0
         while done < num_bytes:
-            count = self._file.read_into(target[done:], offset + done)
+            count = self._files[piece.part].read_into(target[done:], offset + done)
             if count == 0:
                 if offset + done < min(piece.end_offset, offset + num_bytes):
                     raise OSError(f"the file ends at byte {offset + done}: it was changed while in use")

@@ -48,12 +48,14 @@ class Limits(msgspec.Struct, frozen=True):
 class Usage(msgspec.Struct, frozen=True):
     """What a device has used since it was made.
 
-    `page_ins` counts faults that had to wait for the disk; `bytes_read` is what came from block devices; `oom_kills` are
-    processes killed at the memory limit; `throttled_s` is time spent waiting for the processor quota.
+    `pinned_bytes` of the memory are no page cache: programs' own, shared and the kernel's. `page_ins` counts faults that
+    had to wait for the disk; `bytes_read` is what came from block devices; `oom_kills` are processes killed at the memory
+    limit; `throttled_s` is time spent waiting for the processor quota.
     """
 
     memory_bytes: int = 0
     memory_bytes_peak: int = 0
+    pinned_bytes: int = 0
     page_ins: int = 0
     bytes_read: int = 0
     cpu_s: float = 0.0
@@ -269,17 +271,20 @@ def usage(hierarchy: Hierarchy, name: str) -> Usage:
         return Usage(
             memory_bytes=read.number("memory", "memory.usage_in_bytes"),
             memory_bytes_peak=read.number("memory", "memory.max_usage_in_bytes"),
+            # Version 1 counts kernel memory within its usage.
+            pinned_bytes=read.number("memory", "memory.usage_in_bytes") - memory.get("cache", 0) + memory.get("shmem", 0),
             page_ins=memory.get("pgmajfault", 0),
             bytes_read=_sum_reads_v1(read.text("blkio", "blkio.throttle.io_service_bytes")),
             cpu_s=read.number("cpuacct", "cpuacct.usage") * 1e-9,
             throttled_s=throttle.get("throttled_time", 0) * 1e-9,
             oom_kills=read.table("memory", "memory.oom_control").get("oom_kill", 0),
         )
-    cpu = read.table("cpu", "cpu.stat")
+    cpu, memory = read.table("cpu", "cpu.stat"), read.table("memory", "memory.stat")
     return Usage(
         memory_bytes=read.number("memory", "memory.current"),
         memory_bytes_peak=read.number("memory", "memory.peak"),
-        page_ins=read.table("memory", "memory.stat").get("pgmajfault", 0),
+        pinned_bytes=sum(memory.get(part, 0) for part in ("anon", "shmem", "kernel")),
+        page_ins=memory.get("pgmajfault", 0),
         bytes_read=_sum_reads_v2(read.text("io", "io.stat")),
         cpu_s=cpu.get("usage_usec", 0) * 1e-6,
         throttled_s=cpu.get("throttled_usec", 0) * 1e-6,

@@ -391,10 +391,11 @@ class Lab:
         self._say(f"starting {device}'s command")
         process = self.start(device, spec.command)
         if spec.ready_port is not None:
-            self._wait_listening(process, spec.ready_port)
+            self.wait_listening(process, spec.ready_port)
         return process
 
-    def _wait_listening(self, process: DeviceProcess, port: int) -> None:
+    def wait_listening(self, process: DeviceProcess, port: int) -> None:
+        """Waits until something on the process's device listens on the port. Raises LabError if it ends instead."""
         give_up_s = time.monotonic() + READY_TIMEOUT_S
         while time.monotonic() < give_up_s:
             if process.exit_status is not None:

@@ -18,8 +18,8 @@ from shoal.runtime.model_store import ModelStore
 from shoal.units import MIB
 
 PORT = 7433
-_AGENT_BYTES = 96 * MIB
-"""Of a device's memory, for its agent: 60 MB measured, and its share of libraries."""
+_CLIENT_BYTES = 96 * MIB
+"""Of a device's memory, for the client that asks there: 60 MB measured, and its share of libraries."""
 
 
 def with_model(
@@ -42,7 +42,7 @@ def with_model(
         memory_bytes = scenario.memory_bytes(name)
         command = ["shoal", "up", f"--listen={{address}}:{PORT}", "--models={files}"]
         if memory_bytes is not None:
-            command.append(f"--memory={max(0, memory_bytes - _AGENT_BYTES)}")
+            command.append(f"--memory={max(0, memory_bytes - _CLIENT_BYTES)}")
         if name == head:
             command += [f"--peer={{address:{other}}}:{PORT}" for other in others]
         devices[name] = msgspec.structs.replace(
@@ -57,13 +57,17 @@ def with_model(
 
 def vouch_for_copies(lab: Lab, model: Path) -> None:
     """Tells every device the hash of its copy. Raises LabError where the devices have no copy."""
-    known = ModelStore([]).identify(model)
     for name in lab.devices:
         copy = lab.files_folder(name) / model.name
         if not copy.is_file():
             raise LabError(f"{name} has no copy of {model.name}")
-        status = copy.stat()
-        stamp = {str(copy.resolve()): {"stamp": [status.st_size, status.st_mtime_ns], "sha256": known.hash}}
-        cache = lab.device_folder(name) / "home/.cache/shoal/model-hashes.json"
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(stamp))
+        vouch_for(lab, name, copy, original=model)
+
+
+def vouch_for(lab: Lab, device: str, copy: Path, *, original: Path) -> None:
+    """Tells a device that a file has the hash of another."""
+    known, status = ModelStore([]).identify(original), copy.stat()
+    stamp = {str(copy.resolve()): {"stamp": [status.st_size, status.st_mtime_ns], "sha256": known.hash}}
+    cache = lab.device_folder(device) / "home/.cache/shoal/model-hashes.json"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps(stamp))

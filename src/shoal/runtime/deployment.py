@@ -45,8 +45,8 @@ MEASURE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 70.0
 CONTEXT_DEFAULT = 4096
-_RUNTIME_BYTES = 160 * MIB
-"""Interpreter, libraries and ggml's working memory of one worker: 95-130 MB measured with SmolLM2."""
+_GROWTH_BYTES = 48 * MIB
+"""What a worker takes beyond what it had when it was measured: tokenizer, template, graphs, its part of the libraries."""
 
 Answer = TypeVar("Answer", bound=Message)
 _LAST = (Finished, Embedded, Failed)
@@ -284,12 +284,13 @@ def _place(
     may_stream: bool,
 ) -> Placement:
     head = reports[0]
+    runtime_bytes = max(measured.runtime_bytes for measured in reports)
     model = ModelSize(
         layer_bytes=tuple(head.layer_bytes),
         output_bytes=head.output_bytes,
         cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
         # A stage's widest activations are a few times its hidden states; two frames wait on each link.
-        overhead_bytes=_RUNTIME_BYTES + 12 * options.micro_batch * head.hidden_size * 4,
+        overhead_bytes=runtime_bytes + _GROWTH_BYTES + 12 * options.micro_batch * head.hidden_size * 4,
         ring_bytes=max(measured.ring_bytes_min for measured in reports),
     )
     devices = [
@@ -324,7 +325,7 @@ async def _load(
             micro_batch=options.micro_batch,
             num_stages=len(placement.stages),
             head=stage is placement.head,
-            weights_bytes=stage.weights_bytes,
+            memory_bytes=None if stage.weights_bytes is None else stage.needed_bytes,
             idle_s=placement.token_s - stage.token_s,
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)

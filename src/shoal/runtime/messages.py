@@ -113,12 +113,12 @@ class StartWorker(Message, frozen=True):
 
 
 class WorkerReport(Message, frozen=True):
-    """What a worker measured at start."""
+    """What a worker measured at start; `runtime_bytes` is what it takes without any weights."""
 
     layer_s: float
     num_threads: int
     num_threads_prefill: int
-    memory_usable_bytes: int
+    runtime_bytes: int
     layer_bytes: list[int]
     output_bytes: int
     cache_bytes_per_token_and_layer: int
@@ -141,8 +141,8 @@ class AssignLayers(Message, frozen=True):
     micro_batch: int
     num_stages: int
     head: bool
-    weights_bytes: int | None = None
-    """Memory for weights where they do not all fit: the rest is streamed. None keeps all of them."""
+    memory_bytes: int | None = None
+    """Of the whole worker, where its weights do not all fit: the rest is streamed. None keeps all of them."""
     idle_s: float = 0.0
     """How long the other stages are expected to take for a token: time to read ahead."""
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -33,7 +34,16 @@ def usable_memory_bytes(limit_bytes: int | None) -> int:
     available = psutil.virtual_memory().available
     if limit_bytes is None:
         return int(available * MEMORY_SHARE)
-    return max(0, min(limit_bytes - _worker_bytes(), available))
+    return max(0, min(limit_bytes - own_bytes() - _worker_bytes(), available))
+
+
+def own_bytes() -> int:
+    """What this process takes and cannot give back: its memory without mapped files, and the kernel's for it."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem", "VmPTE"))
+    except (OSError, KeyError, ValueError):  # no Linux, or an old one
+        return int(psutil.Process().memory_info().rss)
 
 
 def _worker_bytes() -> int:

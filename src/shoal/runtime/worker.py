@@ -46,7 +46,7 @@ from shoal.runtime.messages import (
     decode,
     encode,
 )
-from shoal.runtime.profile import ComputeProfile
+from shoal.runtime.profile import ComputeProfile, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts
 from shoal.runtime.texts import ModelTexts
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
@@ -54,6 +54,8 @@ from shoal.units import MIB
 
 _FITS_SURELY_BYTES = 1024 * MIB
 """A memory larger than twice the model's file, and by this, surely holds it with its cache and the runtime."""
+_HEAD_ROOM_BYTES = 24 * MIB
+"""For what no worker can know before: pages of programs and libraries, sockets, tokenizer and template."""
 _RING_TIMEOUT_S = 60.0
 """For the previous stage to dial in: it may still be loading its layers."""
 
@@ -150,7 +152,7 @@ class Worker:
                 layer_s=profile.layer_s,
                 num_threads=profile.num_threads,
                 num_threads_prefill=profile.num_threads_prefill,
-                memory_usable_bytes=0,
+                runtime_bytes=own_bytes(),
                 layer_bytes=self._model.layer_bytes,
                 output_bytes=self._model.output_bytes,
                 cache_bytes_per_token_and_layer=shape.kv_bytes_per_token_and_layer,
@@ -198,7 +200,7 @@ class Worker:
         )
 
     def _choose_streaming(self, assigned: AssignLayers) -> Streaming | None:
-        if assigned.weights_bytes is None:
+        if assigned.memory_bytes is None:
             return None
         tensors = self._model.file.tensors
         names = matrix_names(self._model, assigned.layers, head=assigned.head)
@@ -213,13 +215,32 @@ class Worker:
         per_byte_s = self._layer_s * len(assigned.layers) / max(1, total_bytes)
         residency = choose_residency(
             [TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs],
-            available_bytes=assigned.weights_bytes - vector_bytes,
+            available_bytes=assigned.memory_bytes - self._bytes_beside_weights(assigned) - vector_bytes,
             read_bytes_per_s=self._read_bytes_per_s,
             idle_s=assigned.idle_s,
         )
         if not residency.streamed:
             return None
         return Streaming(frozenset(residency.streamed), residency.ring_bytes)
+
+    def _bytes_beside_weights(self, assigned: AssignLayers) -> int:
+        """What the worker will take that is no weights. Cache and activations are counted in full, though most of their
+        pages are taken only as a conversation grows."""
+        # Nothing is read for a stage that only stays to be measured.
+        empty = Stage(
+            self._model,
+            assigned.layers,
+            self._backend,
+            context=assigned.context,
+            micro_batch=assigned.micro_batch,
+            head=assigned.head,
+            repack=False,
+        )
+        stage_bytes = empty.cache_bytes + empty.activation_bytes
+        empty.close()
+        frame_bytes = 4 * self._model.shape.hidden_size * assigned.micro_batch
+        num_frames = assigned.num_stages + 2 if assigned.num_stages > 1 else 1
+        return own_bytes() + stage_bytes + num_frames * frame_bytes + _HEAD_ROOM_BYTES
 
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:

@@ -1,0 +1,44 @@
+"""What shall stay of a mapped file is in memory, the rest is not."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.compute.page_cache import keep_resident
+
+PAGE = mmap.PAGESIZE
+
+
+def pages_in_memory(mapped: mmap.mmap) -> list[int]:
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    found = (ctypes.c_ubyte * (len(mapped) // PAGE))()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found) == 0
+    return [index for index, flags in enumerate(found) if flags & 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets us say what stays")
+def test_exactly_what_is_wanted_stays(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = os.urandom(64 * PAGE)
+    with path.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())  # dirty pages cannot be dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    assert mapped[7 * PAGE] == content[7 * PAGE]  # and its neighbourhood
+    keep_resident(
+        path, mapped, [(3 * PAGE + 100, 5 * PAGE), (40 * PAGE, 41 * PAGE + 1), (5 * PAGE, 6 * PAGE), (62 * PAGE, 64 * PAGE)]
+    )
+    if len(pages_in_memory(mapped)) == 64:
+        pytest.skip("this file system keeps every page")
+    assert pages_in_memory(mapped) == [3, 4, 5, 40, 41, 62, 63]
+    assert bytes(mapped) == content
