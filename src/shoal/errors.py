@@ -18,6 +18,7 @@
         LocalProtocolError          we were about to send what the protocol forbids
         RemoteProtocolError         the peer sent what the protocol forbids
         LinkClosed                  the peer closed the connection
+        PeerNotTrusted              who is at the other end is no member, or does not take us for one
         AddressInUse                another program listens there
       LabError                      about a cluster played on this machine
         LabUnavailable              this machine lacks what playing one takes
@@ -98,6 +99,10 @@ class RemoteProtocolError(LinkError):
 
 class LinkClosed(LinkError):
     """The peer closed the connection."""
+
+
+class PeerNotTrusted(LinkError):
+    """Who is at the other end is no member of the cluster, or does not take this device for one."""
 
 
 class AddressInUse(LinkError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from shoal.errors import DeviceError
 from shoal.ids import NodeId
@@ -86,6 +87,11 @@ class DeviceKeys:
     def identify(self, public_key: bytes) -> NodeId:
         """The id that goes with a public key."""
         return identify(public_key)
+
+    def encrypted_pem(self, password: str) -> bytes:
+        """The private key, for programs that read keys from files; PKCS 8, of no use without the password."""
+        encryption = BestAvailableEncryption(password.encode())
+        return self._private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
 
     def sign(self, text: bytes) -> bytes:
         """64 bytes, always the same for the same text."""

@@ -1,0 +1,200 @@
+"""TLS between members: each end proves its key, and nobody has to issue a certificate.
+
+A member's certificate is a function of its public key: fixed names and dates, and zeros where an issuer's signature would
+be. So whoever has the roster can write down everyone's certificates, and they are its trust anchors. OpenSSL takes an anchor
+as it is, byte for byte, without a look at its signature; the key behind it is proven by the handshake (RFC 8446, 4.4.3).
+
+A handshake has a time limit as a whole, whatever the other side sends meanwhile. The limit of how many are under way at a
+time is the listener's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import ssl
+import tempfile
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from shoal.errors import LinkClosed, PeerNotTrusted
+from shoal.ids import NodeId
+from shoal.transport.identity import DeviceKeys, identify
+
+HANDSHAKE_TIMEOUT_S = 5.0
+_SIGNATURE_BYTES = 64
+_VALID_FROM, _VALID_TO = datetime(2000, 1, 1), datetime(9999, 12, 31)
+"""A device's clock may be wrong, and the roster alone decides who is trusted."""
+
+
+def certificate_of(public_key: bytes) -> bytes:
+    """The one certificate (DER) that belongs to an Ed25519 public key of 32 bytes.
+
+    Raises:
+        ValueError: not such a key.
+    """
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identify(public_key))])
+    unsigned = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(Ed25519PublicKey.from_public_bytes(public_key))
+        .serial_number(1)
+        .not_valid_before(_VALID_FROM)
+        .not_valid_after(_VALID_TO)
+    )
+    # The library signs everything; any key will do.
+    signed = unsigned.sign(Ed25519PrivateKey.generate(), None).public_bytes(Encoding.DER)
+    return signed[:-_SIGNATURE_BYTES] + bytes(_SIGNATURE_BYTES)
+
+
+def node_of(certificate: bytes) -> NodeId:
+    """Whose certificate it is, by the key in it. Raises PeerNotTrusted for one with another kind of key."""
+    try:
+        key = x509.load_der_x509_certificate(certificate).public_key()
+    except ValueError as error:
+        raise PeerNotTrusted(f"the peer's certificate cannot be read: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise PeerNotTrusted("the peer's certificate has no Ed25519 key, so it is no device of shoal's")
+    return identify(key.public_bytes(Encoding.Raw, PublicFormat.Raw))
+
+
+class TrustStore:
+    """Whom a device talks to: one version of the roster, as OpenSSL wants it. Made anew for the next version.
+
+    Args:
+        keys: this device's own.
+        members: public keys of everyone who is trusted, 32 bytes each.
+    """
+
+    def __init__(self, keys: DeviceKeys, members: Iterable[bytes]) -> None:
+        self._anchors = {certificate_of(key): identify(key) for key in members}
+        self._server = _context(ssl.PROTOCOL_TLS_SERVER, keys)
+        self._client = _context(ssl.PROTOCOL_TLS_CLIENT, keys)
+        for context in (self._server, self._client):
+            context.verify_mode = ssl.CERT_REQUIRED
+            # An anchor that issues nothing, as strict checks would have it: pinned keys have no chain.
+            context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
+            if self._anchors:
+                context.load_verify_locations(cadata=b"".join(self._anchors))
+
+    def accept(self, sock: socket.socket, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> tuple[ssl.SSLSocket, NodeId]:
+        """Greets whoever dialled. The socket is closed where this fails.
+
+        Returns:
+            The secured socket, with the time limit of `sock`, and who is at its other end.
+
+        Raises:
+            PeerNotTrusted: no member, or it does not trust us.
+            LinkClosed: it left, said nothing in time, or speaks no TLS 1.3.
+        """
+        secured = _handshake(self._server, sock, server_side=True, timeout_s=timeout_s)
+        return secured, self._anchors[_certificate(secured)]
+
+    def dial(self, sock: socket.socket, expected: NodeId, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
+        """Greets a member that we have dialled. The socket is closed where this fails.
+
+        In TLS 1.3 the one who dialled is done first: that the other side refuses us shows with the first bytes.
+
+        Raises:
+            PeerNotTrusted: another member than `expected` answers there, or no member.
+            LinkClosed: it left, said nothing in time, or speaks no TLS 1.3.
+        """
+        secured = _handshake(self._client, sock, server_side=False, timeout_s=timeout_s)
+        found = self._anchors[_certificate(secured)]
+        if found != expected:
+            secured.close()
+            raise PeerNotTrusted(f"device {found[:8]} answers where {expected[:8]} is expected")
+        return secured
+
+
+def dial_stranger(sock: socket.socket, fingerprint: NodeId, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
+    """Greets the device that a token names, by one that is no member yet: only the other side proves its key.
+
+    Raises:
+        PeerNotTrusted: another device answers there.
+        LinkClosed: it left, said nothing in time, or speaks no TLS 1.3.
+    """
+    context = _context(ssl.PROTOCOL_TLS_CLIENT, None)
+    context.verify_mode = ssl.CERT_NONE
+    secured = _handshake(context, sock, server_side=False, timeout_s=timeout_s)
+    try:
+        found = node_of(_certificate(secured))
+        if found != fingerprint:
+            raise PeerNotTrusted(f"device {found[:8]} answers where the token names {fingerprint[:8]}")
+    except PeerNotTrusted:
+        secured.close()
+        raise
+    return secured
+
+
+def accept_stranger(sock: socket.socket, keys: DeviceKeys, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
+    """The other end of `dial_stranger`: proves our key and learns nothing about who came.
+
+    Raises:
+        PeerNotTrusted: the stranger expected another device.
+        LinkClosed: it left, said nothing in time, or speaks no TLS 1.3.
+    """
+    return _handshake(_context(ssl.PROTOCOL_TLS_SERVER, keys), sock, server_side=True, timeout_s=timeout_s)
+
+
+def _context(protocol: int, keys: DeviceKeys | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # A resumed session would vouch for a member that was removed meanwhile.
+    context.options |= ssl.OP_NO_TICKET
+    if protocol == ssl.PROTOCOL_TLS_SERVER:
+        context.num_tickets = 0
+    if keys is not None:
+        _load_key(context, keys)
+    return context
+
+
+def _load_key(context: ssl.SSLContext, keys: DeviceKeys) -> None:
+    """Python's `ssl` takes keys from files only: it gets one that is encrypted, for that moment."""
+    password = secrets.token_bytes(32).hex()
+    descriptor, name = tempfile.mkstemp(suffix=".pem")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(keys.encrypted_pem(password))
+            file.write(ssl.DER_cert_to_PEM_cert(certificate_of(keys.public_key)).encode())
+        context.load_cert_chain(name, password=password)
+    finally:
+        Path(name).unlink()
+
+
+def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: bool, timeout_s: float) -> ssl.SSLSocket:
+    limit_s = sock.gettimeout()
+    sock.settimeout(timeout_s)
+    try:
+        secured = context.wrap_socket(sock, server_side=server_side)
+    except ssl.SSLCertVerificationError as error:
+        sock.close()
+        raise PeerNotTrusted("the peer is no member of this cluster: invite it, or look whether it was removed") from error
+    except ssl.SSLError as error:
+        sock.close()
+        if error.reason in ("TLSV1_ALERT_UNKNOWN_CA", "TLSV13_ALERT_CERTIFICATE_REQUIRED"):
+            raise PeerNotTrusted("the peer does not trust this device: is it a member there, or was it removed?") from error
+        raise LinkClosed(f"the peer does not speak TLS 1.3 as we do ({error.reason or error})") from error
+    except TimeoutError as error:
+        sock.close()
+        raise LinkClosed(f"the peer did not finish its greeting within {timeout_s:g} s") from error
+    except OSError as error:
+        sock.close()
+        raise LinkClosed(f"the peer left during its greeting ({error})") from error
+    secured.settimeout(limit_s)
+    return secured
+
+
+def _certificate(secured: ssl.SSLSocket) -> bytes:
+    certificate = secured.getpeercert(binary_form=True)
+    assert certificate is not None, "the context asks for one"
+    return certificate
