@@ -229,7 +229,7 @@ def test_losses_are_within_their_confidence_interval(lab: MakeLab, loss: float, 
     assert abs(lost - count * loss) <= 5 * math.sqrt(count * loss * (1 - loss))
     there, back = network.router.traffic().links
     assert lost - 5 <= there.dropped_by_chance <= lost + 5, "nothing else loses packets; a few end the count"
-    assert back.num_packets == 0
+    assert back.num_packets <= 5, "and what comes after the end of the count is answered by its device's kernel"
 
 
 def test_the_same_seed_loses_the_same_packets(lab: MakeLab) -> None:
