@@ -38,7 +38,7 @@ from shoal.membership.messages import (
     Scope,
     Statement,
 )
-from shoal.membership.roster import Invite, Remove, SetAddresses, invitation_of
+from shoal.membership.roster import Invite, Remove, SetAddresses, UseInvitation, invitation_of
 from shoal.membership.timing import Timing
 from shoal.node import wire
 from shoal.node.core import START, NodeCore
@@ -149,6 +149,53 @@ def test_a_removed_device_is_never_listened_to_again() -> None:
     device.greet(BOB)
     assert device.core.trust(BOB) is not Trust.TRUSTED
     assert EVE not in device.core.roster.roster
+
+
+def test_who_is_refused_is_shown_the_removals_that_say_so() -> None:
+    removal = say("remove", "ann", "bob", 1)
+    device = Device("ann", *MEMBERS, removal, say("remove", "ann", "cem", 2))
+    shown = [message.statements for _, message in device.greet(BOB) if isinstance(message, RosterStatements)]
+    assert shown == [(removal,)], "its own"
+    shown = [message.statements for _, message in device.greet(EVE) if isinstance(message, RosterStatements)]
+    assert [len(statements) for statements in shown] == [2], "all of them: who added it may be removed"
+
+
+def test_a_removed_device_believes_a_member_that_refuses_it() -> None:
+    """Otherwise it would go on admitting devices that nobody else knows."""
+    removal = RosterStatements((say("remove", "bob", "ann", 1), say("add", "bob", "eve", 1)))
+    device = Device("ann", *MEMBERS)
+    device.greet(BOB)
+    device.step(LinkClosed(BOB))
+    device.hear(BOB, removal)
+    assert ANN in device.core.roster.roster.removed, "bob was met lately"
+    assert EVE not in device.core.roster.roster, "removals only"
+    assert device.step(LinkOpened(CEM)) == [], "it knows that it does not belong"
+    sleeper = Device("ann", *MEMBERS, since_1970_s=20 * DAY_S)
+    sleeper.hear(BOB, removal)
+    assert ANN in sleeper.core.roster.roster, "nobody has vouched for bob for weeks: it may be removed itself"
+    sleeper.hear(EVE, removal)
+    assert ANN in sleeper.core.roster.roster, "eve is no member"
+
+
+def test_a_device_that_a_removed_one_admitted_is_admitted_again() -> None:
+    """It has a roster by which it belongs, and nobody trusts it; its owner uses an invitation of another member."""
+    secret = b"sixteen bytes, s"
+    member = Device("ann", *MEMBERS, say("remove", "ann", "bob", 1))
+    member.step(Commanded(Invite(invitation_of(secret), 3600.0)))
+    joiner = Device("eve", *MEMBERS, say("add", "bob", "eve", 2), since_1970_s=20 * DAY_S)
+    queue = [(ANN, EVE, each) for _, each in joiner.step(LinkOpened(ANN))]
+    queue += [(ANN, EVE, each) for _, each in joiner.step(Commanded(UseInvitation(ANN, secret, b"nonce")))]
+    for _ in range(50):
+        if not queue:
+            break
+        target, source, message = queue.pop(0)
+        device, other = (member, EVE) if target == ANN else (joiner, ANN)
+        queue += [(peer, target, each) for peer, each in device.hear(source, message) if peer == other]
+    assert EVE in member.core.roster.roster
+    assert BOB in joiner.core.roster.roster.removed
+    assert joiner.core.trust(ANN) is member.core.trust(EVE) is Trust.TRUSTED
+    joiner.now_s = 10.0
+    assert joiner.step(TimerFired("roster")) == [], "it asks no more"
 
 
 def test_an_unknown_peer_shows_that_it_was_added() -> None:

@@ -95,7 +95,7 @@ class StampGiven(Message, frozen=True, tag="st"):
 class Refused(Message, frozen=True, tag="no"):
     """The receiver is not welcome; `text` is one line for its owner."""
 
-    reason: Literal["removed", "unknown", "unstamped", "clone", "cluster"]
+    reason: Literal["removed", "unknown", "unstamped", "clone", "cluster", "invitation"]
     text: str
     incarnation: int = 0
     """Which of two that use one key is meant, where it matters."""

@@ -449,6 +449,34 @@ class RosterCore:
                     break
         return effects
 
+    def removals_for(self, peer: NodeId) -> tuple[Statement, ...]:
+        """What shows a refused `peer` why: its own removals, or, where it is unknown, all (who added it may be removed)."""
+        is_removed = peer in self.roster.removed
+        removals = [
+            each
+            for each in self.roster.statements.values()
+            if each.kind == "remove" and (each.subject == peer or not is_removed)
+        ]
+        return tuple(sorted(removals, key=lambda each: (-each.at_s, each.subject))[:STATEMENTS_PER_MESSAGE])
+
+    def consider_removals(
+        self, peer: NodeId, statements: tuple[Statement, ...], stamps: Iterable[Stamp], wall_s: float
+    ) -> list[Effect]:
+        """Takes the removals by which `peer`, a member here, shows why it refuses this device.
+
+        It does not greet whom it refuses, so no link of ours has made it trusted; it must be one that would be.
+        """
+        effects: list[Effect] = []
+        self._effects = effects
+        self._now_s = wall_s - self.clock_s
+        if self.judge(peer, stamps, wall_s) is None:
+            self._merge(each for each in statements if each.kind == "remove")
+        return effects
+
+    def is_asked_to_admit(self, peer: NodeId) -> bool:
+        """Whether this device uses an invitation there: its owner named that member, whatever the roster here says."""
+        return self._joining is not None and self._joining.peer == peer
+
     def shown_stamps(self, wall_s: float) -> tuple[Stamp, ...]:
         """The best stamps about this device, for a greeting; many if none is sure."""
         best = sorted(self.stamps.values(), key=lambda stamp: (not stamp.is_sure, -stamp.at_s, stamp.signer))
@@ -474,7 +502,7 @@ class RosterCore:
 
     def _receive(self, peer: NodeId, message: Any) -> None:
         if type(message) is Refused:
-            if self._joining is not None and self._joining.peer == peer:
+            if message.reason == "invitation" and self.is_asked_to_admit(peer):
                 self._joining = None
             self._effects.append(Announce(Rejected(peer, message.reason, message.text)))
         elif type(message) is JoinHello:
@@ -543,6 +571,9 @@ class RosterCore:
             self._be_admitted(peer, message)
         else:
             self._merge(message.statements)
+            if self.is_asked_to_admit(peer) and not message.more and {self.me, peer} <= self.roster.members.keys():
+                self._joining = None
+                self._note_admission(peer)
 
     def _be_admitted(self, peer: NodeId, message: RosterStatements) -> None:
         """Takes over the roster of the member that admits, if its cluster made the invitation. It may come in several
@@ -559,8 +590,11 @@ class RosterCore:
             self._joining, parts = None, self._parts
             self._parts = ()
             self._merge(parts)
-            self.met_s[peer] = self._now_s + self.clock_s
-            self._effects.append(Announce(Admitted(self.roster.cluster)))
+            self._note_admission(peer)
+
+    def _note_admission(self, peer: NodeId) -> None:
+        self.met_s[peer] = self._now_s + self.clock_s
+        self._effects.append(Announce(Admitted(self.roster.cluster)))
 
     def _merge(self, statements: Iterable[Statement]) -> None:
         new = self._unproven
@@ -671,7 +705,7 @@ class RosterCore:
             self._effects.append(SetTimer(TIMER, self._now_s + 2 * self._timing.retry_s))
 
     def _refuse(self, peer: NodeId, text: str) -> None:
-        self._effects.append(Send((peer,), Refused("unknown", text)))
+        self._effects.append(Send((peer,), Refused("invitation", text)))
 
     def _on_join_hello(self, peer: NodeId, hello: JoinHello) -> None:
         if self.me not in self.roster.members:

@@ -374,6 +374,8 @@ class NodeCore:
             self._forget(peer)
             self._remember(peer, greeting)
             self._effects.append(Send((peer,), refused))
+            if RosterStatements in outcome.sends:
+                self._show_removals(peer)
             return
         self._greetings.pop(peer, None)
         if self.trusted.get(peer) != greeting.incarnation:
@@ -382,6 +384,12 @@ class NodeCore:
             self._effects.append(Announce(fact))
             self._facts.append((fact, self))
         self._take(self.presence, self.presence.step(Received(peer, greeting), self._now_s))
+
+    def _show_removals(self, peer: NodeId) -> None:
+        """Why it is refused. A removed device that has not heard would go on admitting others, whom nobody else knows."""
+        removals = self.roster.removals_for(peer)
+        if removals:
+            self._effects.append(Send((peer,), RosterStatements(removals)))
 
     def _remember(self, peer: NodeId, greeting: Greeting) -> None:
         while len(self._greetings) >= _GREETINGS_MAX:
@@ -426,16 +434,20 @@ class NodeCore:
                 self._forget(peer)
 
     def _on_roster_message(self, peer: NodeId, message: Any) -> None:
-        """Whose statements count: a trusted peer's, the admitting member's, and those by which an unknown peer shows
-        that it belongs."""
+        """Whose statements count: a trusted peer's, the admitting member's, those by which an unknown peer shows that it
+        belongs, and the removals by which a member explains why it refuses this device."""
         self._source = peer
-        if type(message) is RosterStatements and self._has_roster() and peer not in self.trusted:
-            greeting = self._greetings.get(peer)
-            if greeting is not None and peer not in self.roster.roster.members and peer not in self.roster.roster.removed:
-                wall_s = self._now_s + self.roster.clock_s
-                self._take(self.roster, self.roster.consider_offer(peer, message.statements, greeting.stamps, wall_s))
-        else:
+        is_offer = type(message) is RosterStatements and self._has_roster() and peer not in self.trusted
+        if not is_offer or self.roster.is_asked_to_admit(peer):
             self._take(self.roster, self.roster.step(Received(peer, message), self._now_s))
+            return
+        greeting = self._greetings.get(peer)
+        stamps = greeting.stamps if greeting is not None else ()
+        wall_s = self._now_s + self.roster.clock_s
+        if self.roster.is_member(peer):
+            self._take(self.roster, self.roster.consider_removals(peer, message.statements, stamps, wall_s))
+        elif greeting is not None and peer not in self.roster.roster.removed:
+            self._take(self.roster, self.roster.consider_offer(peer, message.statements, stamps, wall_s))
 
     def _on_group_message(self, peer: NodeId, message: GroupMessage) -> None:
         group = self.groups.get(message.scope.group)

@@ -1,8 +1,9 @@
 """Whose messages reach the cores: the specification of what a peer is to this device over one link.
 
 A link has proven the peer's key, no more. A `Greeting` brings its stamps, and the roster judges. Until then nothing
-counts but greetings, joining, and statements by which an unknown peer shows that it belongs. Trust ends with the link,
-with a removal, and with a long sleep of this device, after which it knows nothing any more about who may be here.
+counts but greetings, joining, statements by which an unknown peer shows that it belongs, and removals by which a
+member shows why it refuses. Trust ends with the link, with a removal, and with a long sleep of this device, after which
+it knows nothing any more about who may be here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from enum import StrEnum
 
 from shoal.effects import Fact
 from shoal.ids import NodeId
-from shoal.membership.messages import Greeting, Refused, RosterKeys, StampGiven
+from shoal.membership.messages import Greeting, Refused, RosterKeys, RosterStatements, StampGiven
 from shoal.membership.table import Outcome, Table, pairs
 
 
@@ -32,8 +33,8 @@ OPENED, SPOKE = "link opened", "it speaks ungreeted"
 UNKNOWN, REJECTED, ACCEPTED = "greets, unknown here", "greets, not to be trusted", "greets, to be trusted"
 ENDED = "link closed, left, removed, or slept ourselves"
 _JUDGED = {
-    UNKNOWN: Outcome(Trust.REFUSED, sends=(RosterKeys, Refused)),
-    REJECTED: Outcome(Trust.REFUSED, sends=(Refused, StampGiven)),
+    UNKNOWN: Outcome(Trust.REFUSED, sends=(RosterKeys, Refused, RosterStatements)),
+    REJECTED: Outcome(Trust.REFUSED, sends=(Refused, RosterStatements, StampGiven)),
     ACCEPTED: Outcome(Trust.TRUSTED, sends=(RosterKeys, StampGiven), announces=(Trusted,)),
 }
 
