@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shoal.effects import (
     Announce,
@@ -20,7 +22,7 @@ from shoal.effects import (
     TimerFired,
 )
 from shoal.ids import GroupId, NodeId
-from shoal.membership.failure import MemberGone, MemberHere
+from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.membership.group import (
     CreateGroup,
     GroupCore,
@@ -30,6 +32,7 @@ from shoal.membership.group import (
     Standing,
     record_hash,
 )
+from shoal.membership.group.ballot import is_quorum, quorum_since
 from shoal.membership.messages import (
     Acknowledge,
     AskJoin,
@@ -38,6 +41,7 @@ from shoal.membership.messages import (
     GroupHeartbeat,
     GroupHeartbeatAck,
     GroupMessage,
+    LinkReport,
     Member,
     Part,
     Record,
@@ -185,6 +189,69 @@ def test_only_voters_are_voted_for_and_vote() -> None:
     assert outsider.asked(C, outsider.scope(9)) is None
     outsider.wait(5.0)
     assert VoteRequest not in outsider.kinds(), "who cannot vote does not stand"
+
+
+def test_a_followers_belief_is_as_old_as_the_quorum_that_its_leader_reached() -> None:
+    fresh, old = seat_in(record_of(A, B, C), B), seat_in(record_of(A, B, C), B)
+    for seat, age_s in ((fresh, 0.0), (old, 0.9 * TIMING.lease_s)):
+        seat.now_s += TIMING.suspend_s / 2
+        seat.hear(A, GroupHeartbeat(seat.scope(1), 1, age_s))
+        seat.now_s += TIMING.suspend_s - 0.1
+    assert fresh.core.is_running(fresh.now_s)
+    assert not old.core.is_running(old.now_s), "the leader does not believe it any more either"
+
+
+def test_the_sign_of_life_of_a_later_epoch_is_no_reason_to_go_on_in_this_one() -> None:
+    seat = seat_in(record_of(A, B, C), B)
+    for _ in range(12):
+        seat.wait(0.1)
+        seat.hear(A, GroupHeartbeat(Scope(GROUP, 1, 6, 1), 1))
+    assert seat.core.leader == A
+    assert not seat.core.is_running(seat.now_s)
+
+
+def test_a_leader_says_when_it_last_reached_a_quorum() -> None:
+    seat = elected(record_of(A, B, C), B, (C,))
+    seat.wait(0.1)
+    (sequence,) = {each.sequence for _, each in seat.sent if isinstance(each, GroupHeartbeat)}
+    seat.hear(C, GroupHeartbeatAck(seat.scope(seat.core.term), sequence, 1, 0, False))
+    seat.wait(0.25)
+    (age_s,) = {each.quorum_age_s for _, each in seat.sent if isinstance(each, GroupHeartbeat)}
+    assert age_s == pytest.approx(0.25), "since what C answered was sent"
+
+
+def test_a_restarted_member_has_reached_nobody() -> None:
+    again = Seat(B, incarnation=2, stored=seat_in(record_of(A, B, C), B).disk, now_s=50.0)
+    again.wait(0.01)
+    assert again.core.standing is Standing.SUSPENDED
+    assert again.facts == [], "nothing in memory to save"
+    again.hear(A, GroupHeartbeat(again.scope(1), 1, 0.1))
+    assert again.core.standing is Standing.RUNNING
+
+
+def test_a_link_is_used_again_when_its_source_was_gone_meanwhile() -> None:
+    """Presence says that the device is here again; of a link that it does not doubt it says nothing."""
+    seat = seat_in(record_of(A, B, C, cut_links=((C, B),)), B)
+    seat.learn(LinkChanged(C, B, is_up=False))
+    seat.learn(MemberGone(C, 1))
+    seat.learn(MemberHere(C, 1))
+    reports = []
+    for _ in range(60):
+        seat.hear(A, GroupHeartbeat(seat.scope(1), 1))
+        reports += [message for _, message in seat.wait(0.1) if isinstance(message, LinkReport)]
+    assert reports
+    assert all(report.is_up for report in reports)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=7), st.lists(st.booleans(), min_size=7, max_size=7))
+def test_a_quorum_was_heard_since_then_and_not_since_later(times_s: list[float], known: list[bool]) -> None:
+    voters = [NodeId(str(index)) for index in range(len(times_s))]
+    record = record_of(*voters)
+    heard_s = {voter: at_s for voter, at_s, is_known in zip(voters, times_s, known, strict=False) if is_known}
+    since_s = quorum_since(record, heard_s)
+    assert not is_quorum(record, [voter for voter, at_s in heard_s.items() if at_s > since_s])
+    if since_s >= 0:
+        assert is_quorum(record, [voter for voter, at_s in heard_s.items() if at_s >= since_s])
 
 
 def test_a_leader_without_a_quorum_steps_down_and_suspends() -> None:

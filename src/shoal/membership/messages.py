@@ -260,9 +260,10 @@ class GroupMessage(Message, frozen=True):
 
 
 class GroupHeartbeat(GroupMessage, frozen=True, tag="gh"):
-    """The leader is there."""
+    """The leader is there. It reached a quorum `quorum_age_s` ago, by its clock: nobody's belief rests on less."""
 
     sequence: int
+    quorum_age_s: float = 0.0
 
 
 class GroupHeartbeatAck(GroupMessage, frozen=True, tag="ga"):
@@ -306,9 +307,10 @@ class Acknowledge(GroupMessage, frozen=True, tag="ac"):
 
 
 class Commit(GroupMessage, frozen=True, tag="co"):
-    """The record is agreed on."""
+    """The record is agreed on. A quorum was reached `quorum_age_s` ago, as far as the sender knows."""
 
     record: Record
+    quorum_age_s: float = 0.0
 
 
 class Stale(GroupMessage, frozen=True, tag="sl"):

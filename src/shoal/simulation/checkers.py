@@ -215,7 +215,7 @@ class Checkers(Watcher):
         timing = self.world.settings.timing
         later_s = self._decided_s.get((group, generation, record.epoch + 1))
         network = self.world.network
-        bound_s = 2 * (timing.suspend_s + timing.lease_s) + 4 * (network.delay + network.jitter)
+        bound_s = 1.02 * timing.suspend_s + 4 * (network.delay + network.jitter) + 0.1
         if later_s is not None and self.world.now_s - later_s > bound_s:
             self._fail(
                 "acting late (I4)",
@@ -272,9 +272,12 @@ class Checkers(Watcher):
         return ""
 
     def _members_of(self, nodes: Iterable[NodeId]) -> list[NodeId]:
-        """Those of `nodes` that belong, by the roster that most of them hold, and of equals the one that removes most."""
-        rosters = [core.roster.roster for node in nodes if (core := self.world.devices[node].core) is not None]
-        rosters = [roster for roster in rosters if roster.members]
+        """Those of `nodes` that belong, by the roster that most of them hold, and of equals the one that removes most.
+
+        Whoever does not belong by its own roster has no say.
+        """
+        cores = {node: core for node in nodes if (core := self.world.devices[node].core) is not None}
+        rosters = [core.roster.roster for node, core in cores.items() if core.roster.is_member(node)]
         counts = Counter(roster.digest for roster in rosters)
         best = max(
             rosters, key=lambda roster: (counts[roster.digest], len(roster.removed), len(roster.statements)), default=EMPTY
@@ -335,6 +338,8 @@ class Checkers(Watcher):
         leaders = [node for node, core in cores.items() if is_leading(core.role)]
         if len(leaders) != 1 or any(core.leader != leaders[0] for core in cores.values()):
             return f"{group}: leaders are {leaders}"
+        if cores[leaders[0]].role is not Role.LEADING:
+            return f"{group}: {leaders[0]} has not decided yet what it proposed"
         listed = {member.node: member for member in record.members}
         if listed.keys() != wanting:
             return f"{group}: the record lists {sorted(listed)}, and {sorted(wanting)} want to be in"

@@ -8,7 +8,8 @@ file is there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -46,6 +47,19 @@ def is_quorum(record: Record, voters: Iterable[NodeId]) -> bool:
     agreed = set(voters)
     count = sum(voter in agreed for voter in chosen)
     return 2 * count > len(chosen) or (2 * count == len(chosen) and count > 0 and chosen[0] in agreed)
+
+
+def quorum_since(record: Record, heard_s: Mapping[NodeId, float]) -> float:
+    """The latest time since which a quorum of the voters of `record` was heard; minus infinity if none ever was."""
+    times_s = sorted((heard_s.get(voter, -math.inf) for voter in record.voters), reverse=True)
+    half, is_odd = divmod(len(times_s), 2)
+    if not times_s:
+        return -math.inf
+    since_s = times_s[half]
+    if not is_odd:
+        # The first and half - 1 others: times_s[half - 1], unless the first itself is later in the order.
+        since_s = max(since_s, min(times_s[half - 1], heard_s.get(record.voters[0], -math.inf)))
+    return since_s
 
 
 def generation_of(number: int, owner: NodeId, incarnation: int) -> int:

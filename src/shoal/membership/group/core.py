@@ -49,7 +49,7 @@ from shoal.effects import (
 )
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
-from shoal.membership.group.ballot import Ballot, generation_of, is_quorum, record_hash
+from shoal.membership.group.ballot import Ballot, generation_of, is_quorum, quorum_since, record_hash
 from shoal.membership.group.changes import Changes
 from shoal.membership.group.facts import (
     Attach,
@@ -133,6 +133,10 @@ class GroupCore:
         self._lease_until_s = now_s
         self._stand_at_s = self._retry_at_s = _NEVER
         self._contact_s = now_s
+        """When a leader last reached a quorum, as far as this device knows."""
+        self._asked_votes_s = self._proposed_s = now_s
+        self._patient_until_s = now_s
+        """A leader has so long to reach the voters of a term or an epoch that has just begun."""
         self._checkpoint_at_s = _NEVER
         self._attempts = 0
         self._votes: dict[NodeId, Vote] = {}
@@ -173,6 +177,8 @@ class GroupCore:
         self.term = self.ballot.promised
         if self.ballot.member(self.me) is not None:
             self.role = Role.FOLLOWING
+            # It has reached nobody yet; nothing is in memory that could be lost.
+            self.standing, self._contact_s = Standing.SUSPENDED, -_NEVER
             self._lease_until_s = self._now_s
             self._stand_at_s = self._now_s + self._stand_delay_s()
         elif self.wants is not None:
@@ -336,10 +342,14 @@ class GroupCore:
             else:
                 self._announce(Resumed(self.group))
 
-    def _has_contact(self) -> None:
-        self._contact_s = self._now_s
-        if self.standing is not Standing.RUNNING:
+    def _has_contact(self, at_s: float) -> None:
+        """A quorum was reached then. Heard from others, it is as old as they say: all beliefs in it end together."""
+        self._contact_s = max(self._contact_s, min(at_s, self._now_s))
+        if self.standing is not Standing.RUNNING and self._now_s - self._contact_s <= self.timing.suspend_s:
             self._change_standing("quorum")
+
+    def _quorum_age_s(self) -> float:
+        return self._now_s - self._contact_s if self.role not in NOT_IN else _NEVER
 
     def _stand_delay_s(self) -> float:
         """Voters stand in turn; the part that differs from attempt to attempt keeps two from meeting again and again."""
@@ -370,7 +380,7 @@ class GroupCore:
     def _on_ask_record(self, peer: NodeId, message: AskRecord) -> None:
         del message
         if self.committed.epoch > 0:
-            self._send((peer,), Commit(self._scope(), self.committed))
+            self._send((peer,), self._news())
         if self.role is Role.STANDING and peer in self.committed.voters:
             self._send((peer,), VoteRequest(self._scope(), is_trial=False))
 
@@ -383,21 +393,23 @@ class GroupCore:
         if scope.term < self.term or scope.term < self.ballot.promised or (scope.epoch < self.committed.epoch):
             self._tell_stale(peer)
             return
-        self._follow(peer, scope.term)
+        # What it reached may be a quorum of a later epoch than ours: no reason to go on in this one.
+        is_ours = scope.epoch == self.committed.epoch
+        self._follow(peer, scope.term, self._now_s - message.quorum_age_s if is_ours else -_NEVER)
         self._send(
             (peer,),
             GroupHeartbeatAck(scope, message.sequence, self.incarnation, self.step_applied, self.is_ready, self.can_vote()),
         )
 
-    def _follow(self, leader: NodeId, term: int) -> None:
-        """A leader of this term spoke, and this device knows of none later."""
+    def _follow(self, leader: NodeId, term: int, contact_s: float) -> None:
+        """A leader of this term spoke, and this device knows of none later. It reached a quorum at `contact_s`."""
         if self.role in LEADERS or self.role in CAMPAIGN:
             self._become("leader or epoch heard")
             self._lead_at_s = _NEVER
         self._set_leader(leader, term)
         self._attempts = 0
         if self.role is not Role.OUTSIDE:
-            self._has_contact()
+            self._has_contact(contact_s)
         self._lease_until_s = self._now_s + self.timing.lease_s
         if self.role is Role.FOLLOWING and self.can_vote():
             self._stand_at_s = self._lease_until_s + self._stand_delay_s()
@@ -431,6 +443,7 @@ class GroupCore:
     def _ask_for_votes(self) -> None:
         """A trial binds nobody. In earnest, the own vote counts when it is on disk."""
         self._votes = {}
+        self._asked_votes_s = self._now_s
         if self.role is Role.ASKING:
             trial = VoteRequest(self._scope(self._next_term()), is_trial=True)
             self._send(self.committed.voters, trial)
@@ -501,10 +514,13 @@ class GroupCore:
 
     def _win(self) -> None:
         unfinished = [vote for vote in self._votes.values() if vote.accepted is not None]
-        self._has_contact()
+        # A vote says that the voter was reached since it was asked; a slow disk may have taken long to give the own one.
+        reached_s = max(self._asked_votes_s, self._now_s - self.timing.lease_s)
+        self._has_contact(reached_s)
+        self._patient_until_s = self._now_s + self.timing.lease_s
         self._stand_at_s = _NEVER
         self._lead_at_s = self._now_s
-        self._acked_s = dict.fromkeys(self._votes, self._now_s)
+        self._acked_s = dict.fromkeys(self._votes, reached_s)
         self._voteless.clear()
         self.changes.heard.clear()
         self.changes.steps[self.me] = self.step_applied
@@ -528,20 +544,17 @@ class GroupCore:
             self._lead_at_s = _NEVER
             return
         timing, now_s = self.timing, self._now_s
-        recent = [
-            node
-            for node, acked_s in self._acked_s.items()
-            if now_s - acked_s <= timing.lease_s and node not in self._voteless
-        ]
-        if is_quorum(self.committed, [*recent, self.me] if self.can_vote() else recent):
-            self._has_contact()
-        elif now_s - self._contact_s > timing.lease_s:
+        heard_s = {node: acked_s for node, acked_s in self._acked_s.items() if node not in self._voteless}
+        if self.can_vote():
+            heard_s[self.me] = now_s
+        self._has_contact(quorum_since(self.committed, heard_s))
+        if now_s - self._contact_s > timing.lease_s and now_s > self._patient_until_s:
             self._step_down("quorum lost")
             return
         self._lead_at_s = now_s + timing.lead_every_s
         self._sequence += 1
         self._sent_s.append((self._sequence, now_s))
-        heartbeat = GroupHeartbeat(self._scope(), self._sequence)
+        heartbeat = GroupHeartbeat(self._scope(), self._sequence, self._quorum_age_s())
         self._send([member.node for member in self.committed.members], heartbeat)
         if self._sequence % _BEATS_PER_NEWS == 0:
             self._tell_outsiders()
@@ -561,7 +574,7 @@ class GroupCore:
         outsiders = sorted(node for node in self._here if self.ballot.member(node) is None)
         if outsiders:
             turn = self._sequence // _BEATS_PER_NEWS
-            self._send((outsiders[turn % len(outsiders)],), Commit(self._scope(), self.committed))
+            self._send((outsiders[turn % len(outsiders)],), self._news())
 
     def _miss(self, member: Member) -> None:
         """A member does not answer. If it is here as a later incarnation that does not ask to be taken in, it never will."""
@@ -610,6 +623,7 @@ class GroupCore:
         assert record is not None
         self._proposal, self._proposal_hash = record, record_hash(record)
         self._acks = set()
+        self._proposed_s = self._now_s
         if self.can_vote():
             self.ballot.accept(self.term, record, self.me)
             acknowledgement = Acknowledge(self._scope(), self._proposal_hash)
@@ -623,7 +637,7 @@ class GroupCore:
         if scope.epoch < self.committed.epoch or scope.term < self.ballot.promised or scope.term < self.term:
             self._tell_stale(peer)
             return
-        self._follow(peer, scope.term)
+        self._follow(peer, scope.term, -_NEVER)
         if not self.can_vote() or not self.ballot.is_child(record):
             return
         acknowledgement = Acknowledge(scope, record_hash(record))
@@ -642,7 +656,8 @@ class GroupCore:
             return
         record, before = self._proposal, self.committed
         self._announce(Decided(self.group, record.epoch, self._now_s - self._event_s))
-        self._adopt(record, self.term)
+        self._patient_until_s = self._now_s + self.timing.lease_s
+        self._adopt(record, self.term, self._proposed_s)
         self._audience = sorted({*before.voters, *(member.node for member in record.members)})
         self._lead_at_s = self._now_s if self.role is Role.PROPOSING else _NEVER
         self._become("committed")
@@ -653,10 +668,13 @@ class GroupCore:
         self._change_wanted = True
 
     def _say_commit(self) -> None:
-        self._send(self._audience, Commit(self._scope(), self.committed))
+        self._send(self._audience, self._news())
+
+    def _news(self) -> Commit:
+        return Commit(self._scope(), self.committed, self._quorum_age_s())
 
     def _on_commit(self, peer: NodeId, message: Commit) -> None:
-        self._consider(message.record, message.scope.term)
+        self._consider(message.record, message.scope.term, self._now_s - message.quorum_age_s)
         if message.scope.term >= self.term and peer == self.leader:
             self._lease_until_s = max(self._lease_until_s, self._now_s + self.timing.lease_s)
 
@@ -674,11 +692,11 @@ class GroupCore:
         if self._retry_at_s != _NEVER and self.leader is not None:
             self._retry_at_s = min(self._retry_at_s, self._now_s + self.timing.lead_every_s)
 
-    def _consider(self, record: Record, term: int) -> None:
-        """Somebody knows `record` to be committed."""
+    def _consider(self, record: Record, term: int, contact_s: float = -_NEVER) -> None:
+        """Somebody knows `record` to be committed, and that a quorum was reached at `contact_s`."""
         if (record.generation, record.epoch) > (self.committed.generation, self.committed.epoch):
             self._step_out()
-            self._adopt(record, term)
+            self._adopt(record, term, contact_s)
 
     def _step_out(self) -> None:
         """Whatever was under way here is overtaken."""
@@ -687,13 +705,13 @@ class GroupCore:
             self._lead_at_s = _NEVER
             self._set_leader(None, self.term)
 
-    def _adopt(self, record: Record, term: int = 0) -> None:
+    def _adopt(self, record: Record, term: int, contact_s: float) -> None:
         """Takes `record` for agreed on. Its own place in it, or none, decides what this device does next."""
         self.ballot.adopt(record, term)
         self.changes.settle(record)
         listed, now_s = self.ballot.member(self.me), self._now_s
         if self.own_member() is not None:
-            self._has_contact()
+            self._has_contact(contact_s)
             if self.role in NOT_IN:
                 self._lease_until_s = now_s + self.timing.lease_s
             self._become("in the record")
@@ -798,6 +816,8 @@ class GroupCore:
         if isinstance(fact, MemberHere):
             self._here[fact.node] = fact.incarnation
             self.changes.gone.pop(fact.node, None)
+            self.links.change(fact.node, is_up=True, now_s=self._now_s)  # where it is not, presence says so next
+            self._check_links()
         elif isinstance(fact, MemberGone):
             self._here.pop(fact.node, None)
             self.links.forget(fact.node)
@@ -862,7 +882,9 @@ class GroupCore:
         self._adopt(
             Record(
                 self.group, generation, old.epoch + 1, parent, self.term, self.me, (self.wants,), (self.me,), old.first_step
-            )
+            ),
+            0,
+            self._now_s,
         )
         self._lose_leader()
 
@@ -900,10 +922,12 @@ class GroupCore:
                 max(0, self.step_applied + 1),
                 old.cut_links,
                 old.attachments,
-            )
+            ),
+            0,
+            self._now_s,
         )
         others = {member.node for member in old.members} | set(self._here)
-        self._send(sorted(others), Commit(self._scope(), self.committed))
+        self._send(sorted(others), self._news())
         self._lose_leader()
 
     # ---- the tables' way into the code
