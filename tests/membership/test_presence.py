@@ -243,6 +243,21 @@ def test_a_short_sleep_is_no_reason_to_doubt_the_others() -> None:
     assert here(made, A) == {B, C}
 
 
+@pytest.mark.parametrize("stall_s", [0.8, 1.5, 4.0])
+def test_who_stalls_again_and_again_still_finds_out_who_is_gone(stall_s: float) -> None:
+    made = world(A, B, C)
+    made.stopped.add(C)
+    for _ in range(20):
+        made.stopped.add(A)
+        made.run(stall_s)
+        made.stopped.discard(A)
+        made.run(0.06)
+        made.tell(A, Received(B, Heartbeat(1, 0, 1, (A,), 0)))  # it waited behind the timer
+        made.run(0.04)
+    assert MemberGone(C, 1) in made.known(A, MemberGone)
+    assert MemberGone(B, 1) not in made.known(A, MemberGone)
+
+
 def test_a_device_that_slept_for_long_wakes_as_a_stranger() -> None:
     made = world(A, B, C)
     made.stopped.add(A)

@@ -186,6 +186,8 @@ class PresenceCore:
         self._question = 0
         self._questions: dict[NodeId, float] = {}
         """Subjects asked about, until when witnesses may answer."""
+        self._asked_anew: set[NodeId] = set()
+        """Doubted peers that were asked about again after a stall of this device."""
         self._asks: dict[NodeId, list[tuple[NodeId, int, float]]] = {}
         self._newer: dict[NodeId, tuple[int, float, int]] = {}
         self._search = 0
@@ -267,7 +269,10 @@ class PresenceCore:
         return effects
 
     def _was_asleep(self, late_s: float) -> None:
-        """Silence that this device slept through says nothing about the others."""
+        """Silence that this device slept through says nothing about the others; what it heard awake of theirs still counts.
+
+        So a device that stalls again and again misses a dead peer later, not never.
+        """
         self._beat_at_s = self._now_s
         if late_s > self.timing.stranger_s:
             self._effects.append(Announce(Woke(late_s)))
@@ -277,11 +282,15 @@ class PresenceCore:
                 belief = self.beliefs[node]
                 self._set_belief(Rumour(node, belief.incarnation, belief.version, here=False), spread=False)
         for watched in self.watched.values():
-            watched.heard_s = watched.hears_us_s = self._now_s
-        self._questions.clear()
-        for watched in self.watched.values():
-            if watched.state is Peer.DOUBTED:
-                self._ask(watched)
+            watched.heard_s = min(self._now_s, watched.heard_s + late_s)
+            watched.hears_us_s = min(self._now_s, watched.hears_us_s + late_s)
+        # The answers may wait behind this event, so a doubt is asked about anew; but once only, however often we stall.
+        doubted = {node for node, watched in self.watched.items() if watched.state is Peer.DOUBTED}
+        asked_anew = self._asked_anew & doubted
+        self._questions = {node: due_s for node, due_s in self._questions.items() if node in asked_anew}
+        self._asked_anew = doubted
+        for node in sorted(doubted - asked_anew):
+            self._ask(self.watched[node])
 
     def _announce(self, fact: Fact) -> None:
         self._effects.append(Announce(fact))
