@@ -65,6 +65,10 @@ class TemplateError(RequestError):
     """The model's chat template refuses these messages."""
 
 
+class DamagedFile(ShoalError):
+    """What this device stored is not what it wrote."""
+
+
 class CannotWrite(ShoalError):
     """A file cannot be written: no room, no such folder, no permission, or one that must not be replaced."""
 

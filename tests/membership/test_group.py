@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from shoal.effects import Learned, Received, Send, Store, Stored, TimerFired
 from shoal.ids import NodeId
 from shoal.membership.failure import LinkChanged, MemberGone
-from shoal.membership.group.ballot import GroupFile, generation_of, is_quorum, record_hash
+from shoal.membership.group.ballot import GroupFile, generation_of, is_quorum, read_file, record_hash, write_file
 from shoal.membership.group.changes import VOTERS_MAX, Changes
 from shoal.membership.group.facts import (
     Attach,
@@ -58,7 +58,7 @@ def record(*names: str, epoch: int = 5, term: int = 3, voters: str | None = None
 def core_with(name: str, committed: Record, *, incarnation: int = 1, **fields: object) -> CheckedGroupCore:
     """A device as its file makes it, a lease after it started, so that it may vote."""
     file = GroupFile(committed, committed.term, None, 0, None, 1, None)
-    stored = msgspec.msgpack.encode(msgspec.structs.replace(file, **fields))
+    stored = write_file(msgspec.structs.replace(file, **fields))
     return CheckedGroupCore(RUN, NodeId(name), incarnation=incarnation, timing=TIMING, now_s=-1.0, stored=stored)
 
 
@@ -313,7 +313,7 @@ def test_an_acknowledgement_waits_for_the_disk() -> None:
     effects = core.step(Received(A, Propose(scope_of(committed, 4), proposed)), 0.0)
     store = next(effect for effect in effects if type(effect) is Store)
     assert not sent(effects, Acknowledge)
-    written = msgspec.msgpack.decode(store.value, type=GroupFile)
+    written = read_file(store.value)
     assert (written.accepted_term, written.accepted, written.promised) == (4, proposed, 4)
     effects = core.step(Stored(KEY, store.number), 0.01)
     assert [(effect.peers, effect.message) for effect in effects if type(effect) is Send] == [
@@ -327,7 +327,7 @@ def test_a_vote_waits_for_the_disk() -> None:
     effects = core.step(Received(C, VoteRequest(scope_of(committed, 4), is_trial=False)), 0.0)
     store = next(effect for effect in effects if type(effect) is Store)
     assert not sent(effects, Vote)
-    assert msgspec.msgpack.decode(store.value, type=GroupFile).voted_for == C
+    assert read_file(store.value).voted_for == C
     assert sent(core.step(Stored(KEY, store.number - 1), 0.01), Vote) == []
     assert sent(core.step(Stored(KEY, store.number), 0.02), Vote)[0].granted
 

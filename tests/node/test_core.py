@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from msgspec.msgpack import encode
 
 from shoal.effects import (
+    Announce,
     Commanded,
     Effect,
     Event,
@@ -38,15 +42,15 @@ from shoal.membership.messages import (
     Scope,
     Statement,
 )
-from shoal.membership.roster import Invite, Remove, SetAddresses, UseInvitation, invitation_of
+from shoal.membership.roster import Invite, Remove, SetAddresses, UseInvitation, invitation_of, statement_key
 from shoal.membership.timing import Timing
 from shoal.node import wire
-from shoal.node.core import START, NodeCore
+from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.trust import Trust
 from tests.membership.keys import keys_of, node_of, roster_of, say
 
-FOUND = say("found", "ann", "ann", 0)
-MEMBERS = (FOUND, *(say("add", "ann", name, 0) for name in ("bob", "cem", "dua")))
+FOUND = say("found", "ann", "ann", 0.0)
+MEMBERS = (FOUND, *(say("add", "ann", name, 0.0) for name in ("bob", "cem", "dua")))
 ANN, BOB, CEM, DUA, EVE = (node_of(name) for name in ("ann", "bob", "cem", "dua", "eve"))
 DAY_S = 86400.0
 
@@ -363,3 +367,66 @@ def test_messages_of_groups_go_by_a_third_where_the_link_is_cut() -> None:
     passed_on = Relay(BOB, CEM, wire.encode(inner))
     assert device.hear(BOB, passed_on) == [(CEM, passed_on)]
     assert device.hear(CEM, Relay(BOB, CEM, wire.encode(inner))) == [], "one hop only, and in the sender's name"
+
+
+# ---- what is damaged on disk
+
+
+def _flipped(value: bytes, at: int = 20) -> bytes:
+    return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+
+
+def _stored_device() -> Device:
+    """Ann, with everything on its disk; it leads a group and has a promise to keep."""
+    device = Device("ann", since_1970_s=100.0, stored={f"roster/{statement_key(each)}": encode(each) for each in MEMBERS})
+    device.greet(BOB)
+    device.step(Commanded(CreateGroup(GroupId("run"))))
+    assert {"met", "group/run"} <= device.disk.keys()
+    return device
+
+
+def _notices(device: Device) -> list[FileDamaged]:
+    return [each.fact for each in device.effects if isinstance(each, Announce) and isinstance(each.fact, FileDamaged)]
+
+
+@pytest.mark.parametrize(
+    "damage", [_flipped, lambda value: value[:11], lambda value: value[:0]], ids=["a bit", "cut", "empty"]
+)
+@pytest.mark.parametrize("key", ["group/run", "met", f"roster/{statement_key(MEMBERS[1])}"])
+def test_a_damaged_file_is_left_out_with_a_line_for_the_owner(key: str, damage: Callable[[bytes], bytes]) -> None:
+    disk = _stored_device().disk
+    again = Device("ann", stored={**disk, key: damage(disk[key])})
+    if key == "met" and damage is _flipped:
+        return  # times or ids with another bit are times or ids: no promise rests on them
+    (notice,) = _notices(again)
+    assert notice.key == key
+    assert key in notice.text
+    assert "join again" in notice.text
+
+
+def test_whoever_cannot_read_its_votes_does_not_vote() -> None:
+    """Wherever the damage is: a file with one bit changed might hold another promise."""
+    disk = _stored_device().disk
+    for at in range(len(disk["group/run"])):
+        again = Device("ann", stored={**disk, "group/run": _flipped(disk["group/run"], at)})
+        group = again.core.groups[GroupId("run")]
+        assert group.committed.epoch == 0
+        assert not group.can_vote()
+        assert group.role is Role.OUTSIDE
+
+
+def test_whoever_lost_a_statement_is_as_one_that_slept_through_it() -> None:
+    """It may be a removal. Nobody is trusted for having been met, until a member that others vouch for showed its roster."""
+    known = {f"roster/{statement_key(each)}": encode(each) for each in MEMBERS}
+    removal = f"roster/{statement_key(say('remove', 'ann', 'bob', 50.0))}"
+    met = {"met": encode({BOB: 19.5 * DAY_S})}
+    whole = Device("ann", stored={**known, **met}, since_1970_s=20 * DAY_S)
+    whole.greet(BOB)
+    assert whole.core.trust(BOB) is Trust.TRUSTED
+    damaged = Device("ann", stored={**known, **met, removal: b"?"}, since_1970_s=20 * DAY_S)
+    damaged.greet(BOB)
+    assert damaged.core.trust(BOB) is Trust.REFUSED
+    pair = dict(list(known.items())[:2])
+    alone = Device("ann", stored={**pair, removal: b"?"}, since_1970_s=20 * DAY_S)
+    alone.greet(BOB)
+    assert alone.core.trust(BOB) is Trust.REFUSED, "in a pair its own word counts, but not for one who may have removed it"

@@ -68,6 +68,7 @@ _CLOCK_TOLERANCE_S = 300.0
 
 _encoder = msgspec.msgpack.Encoder()
 _statement_decoder = msgspec.msgpack.Decoder(Statement)
+_met_decoder = msgspec.msgpack.Decoder(dict[NodeId, float])
 _stamps_decoder = msgspec.msgpack.Decoder(dict[NodeId, Stamp])
 
 
@@ -363,19 +364,34 @@ class RosterCore:
         self._parts: tuple[Statement, ...] = ()
         self._unproven: dict[str, Statement] = {}
         """Statements that came before their signers' keys; a long roster comes in parts, in any order."""
+        self.damaged: list[str] = []
+        """Files that could not be read."""
+        self._is_incomplete = False
+        """Statements were lost, perhaps a removal, and no member has shown since what it has."""
         self._load(stored or {})
 
     def _load(self, stored: Mapping[str, bytes]) -> None:
+        """What can be read. A device that lost a statement is as one that slept when it was made: it has met nobody."""
         found = {}
-        for key, value in stored.items():
-            if key.startswith("roster/"):
-                found[key.removeprefix("roster/")] = _statement_decoder.decode(value)
+        for file, value in stored.items():
+            kind, _, key = file.partition("/")
+            try:
+                if kind == "roster":
+                    statement = _statement_decoder.decode(value)
+                    if statement_key(statement) != key:
+                        raise msgspec.DecodeError("another statement than its name says")
+                    found[key] = statement
+                elif kind == "stamps":
+                    self.stamps = _stamps_decoder.decode(value)
+                elif kind == "met":
+                    self.met_s = _met_decoder.decode(value)
+            except msgspec.DecodeError:
+                self.damaged.append(file)
+                self._is_incomplete = self._is_incomplete or kind == "roster"
+        if self._is_incomplete:
+            self.met_s = {}
         if found.keys() - self.roster.statements.keys():
             self.roster = self.roster.with_statements(found)
-        if "stamps" in stored:
-            self.stamps = _stamps_decoder.decode(stored["stamps"])
-        if "met" in stored:
-            self.met_s = msgspec.msgpack.decode(stored["met"], type=dict[NodeId, float])
 
     # ---- trust
 
@@ -395,12 +411,12 @@ class RosterCore:
         if peer not in self.roster.members:
             return Refused("unknown", "this device is not in the cluster's roster: ask a member for `shoal invite`")
         valid_from_s = wall_s - self._timing.stamp_valid_s
-        if len(self.roster.members) <= 2 or self.met_s.get(peer, float("-inf")) >= valid_from_s:
+        if self._is_pair() or self.met_s.get(peer, float("-inf")) >= valid_from_s:
             return None
         vouchers = dict(self._vouchers(self.roster, peer, stamps, wall_s))
         vouchers.pop(peer, None)
         # All may have slept. What more than half of the others still have in their rosters is all that anyone can know.
-        num_lists = len(vouchers.keys() | {self.me})
+        num_lists = len(vouchers.keys() | {self.me}) - self._is_incomplete
         if any(vouchers.values()) or 2 * num_lists > len(self.roster.members) - 1:
             return None
         text = (
@@ -408,6 +424,10 @@ class RosterCore:
             "or remove members that are no more"
         )
         return Refused("unstamped", text)
+
+    def _is_pair(self) -> bool:
+        """Whether there is no third member to vouch for anybody, and the own word is all there is."""
+        return len(self.roster.members) <= 2 and not self._is_incomplete
 
     def _vouchers(
         self, roster: Roster, peer: NodeId, stamps: Iterable[Stamp], wall_s: float
@@ -444,7 +464,7 @@ class RosterCore:
             valid_from_s = wall_s - self._timing.stamp_valid_s
             for voucher, is_sure in self._vouchers(offered, peer, stamps, wall_s):
                 is_met = voucher == self.me or self.met_s.get(voucher, float("-inf")) >= valid_from_s
-                if is_sure and (is_met or len(self.roster.members) <= 2):
+                if is_sure and (is_met or self._is_pair()):
                     self._merge(statements)
                     break
         return effects
@@ -523,6 +543,10 @@ class RosterCore:
     def exchange(self, peer: NodeId) -> Send:
         """What starts an exchange with a peer whose digest differs."""
         return Send((peer,), RosterKeys(tuple(self.roster.statements), is_answer=False))
+
+    def note_complete(self) -> None:
+        """All that a trusted peer knows is known here."""
+        self._is_incomplete = False
 
     def give_stamp(self, peer: NodeId, wall_s: float, *, is_sure: bool) -> list[Effect]:
         """Vouches for a member. `is_sure`: it is trusted, which counts later as a stamp of our own."""

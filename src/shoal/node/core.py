@@ -31,7 +31,7 @@ from shoal.effects import (
     Stored,
     TimerFired,
 )
-from shoal.errors import RemoteProtocolError
+from shoal.errors import DamagedFile, RemoteProtocolError
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.membership.group import Doubted, GroupCommand, GroupCore, RecordAdopted
@@ -59,6 +59,7 @@ from shoal.membership.roster import (
     MemberRemoved,
     Roster,
     RosterCore,
+    RosterExchanged,
     RosterGrew,
 )
 from shoal.membership.roster import TIMER as ROSTER_TIMER
@@ -72,7 +73,22 @@ START = "start"
 _GREETINGS_MAX = 256
 _GROUP_PREFIX = "group/"
 _ROSTER_MESSAGES = (RosterKeys, RosterStatements, StampGiven, Refused, JoinHello, JoinChallenge, JoinProof)
+_ROSTER_DAMAGED = (
+    "the stored '{key}' is damaged and left out: another member will bring what is missing; "
+    "if none is trusted here, join again by a new invitation"
+)
+_GROUP_DAMAGED = (
+    "the stored '{key}' is damaged ({error}): this device has no vote in '{name}' until the others list it again; "
+    "have it join again, and where too few can vote, recover the group"
+)
 _FOR_GROUPS = (MemberHere, MemberGone, MemberAdded, MemberRemoved, LinkChanged)
+
+
+class FileDamaged(Fact, frozen=True):
+    """What was stored as `key` cannot be read; `text` is for the owner."""
+
+    key: str
+    text: str
 
 
 class Capability(Protocol):
@@ -143,9 +159,10 @@ class NodeCore:
         self._now_s = now_s
         self._source: NodeId | None = None
         """Who sent what is being handled, so that it is not sent back."""
+        self._damaged = [FileDamaged(key, _ROSTER_DAMAGED.format(key=key)) for key in self.roster.damaged]
         for key, value in stored.items():
             if key.startswith(_GROUP_PREFIX):
-                self._add_group(GroupId(key.removeprefix(_GROUP_PREFIX)), value)
+                self._restore_group(key, value)
 
     # ---- the one way in
 
@@ -213,6 +230,9 @@ class NodeCore:
             self._on_roster_change(fact)
         elif isinstance(fact, RosterGrew):
             self._pass_on(fact)
+        elif isinstance(fact, RosterExchanged):
+            if fact.peer in self.trusted:
+                self.roster.note_complete()
         elif isinstance(fact, RostersDiffer):
             self._effects.append(self.roster.exchange(fact.peer))
         elif isinstance(fact, Doubted):
@@ -254,6 +274,15 @@ class NodeCore:
         fellows = frozenset().union(*self._fellows.values()) - {self.me}
         self._take(self.presence, self.presence.step(Commanded(WatchFellows(fellows)), self._now_s))
 
+    def _restore_group(self, key: str, stored: bytes) -> None:
+        name = GroupId(key.removeprefix(_GROUP_PREFIX))
+        try:
+            self._add_group(name, stored)
+        except DamagedFile as error:
+            # Without its promises it is no voter, until a record lists it as what it is now.
+            self._add_group(name)
+            self._damaged.append(FileDamaged(key, _GROUP_DAMAGED.format(key=key, error=error, name=name)))
+
     def _add_group(self, name: GroupId, stored: bytes | None = None) -> GroupCore:
         group = self.group_core(
             name, self.me, incarnation=self.incarnation, timing=self.timing, now_s=self._now_s, stored=stored
@@ -282,6 +311,7 @@ class NodeCore:
 
     def _start(self) -> None:
         event = TimerFired(START)
+        self._effects += [Announce(fact) for fact in self._damaged]
         fellows = frozenset().union(*self._fellows.values()) - {self.me}
         self._take(self.presence, self.presence.step(Commanded(WatchFellows(fellows)), self._now_s))
         self._tell_groups(event)

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
-import msgspec
-
 from shoal.effects import Effect, Event, Fact
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import Peer
@@ -26,14 +24,12 @@ from shoal.membership.group import (
     is_quorum,
     record_hash,
 )
-from shoal.membership.group.ballot import GroupFile
+from shoal.membership.group.ballot import read_file
 from shoal.membership.messages import Record
 from shoal.membership.presence import EVERYONE_MAX, RINGS
 from shoal.membership.roster import EMPTY
 from shoal.simulation.device import Device, Power
 from shoal.simulation.world import Failure, Watcher, World, is_leading
-
-_file_decoder = msgspec.msgpack.Decoder(GroupFile)
 
 EpochId = tuple[GroupId, int, int]
 FELLOWS_MAX = 128
@@ -192,7 +188,7 @@ class Checkers(Watcher):
     def written(self, device: Device, key: str, value: bytes) -> None:
         if not key.startswith("group/"):
             return
-        file = _file_decoder.decode(value)
+        file = read_file(value)
         group = GroupId(key.removeprefix("group/"))
         for record in (file.accepted, file.committed):
             if record is not None and record.epoch > 0:

@@ -8,6 +8,7 @@ from shoal.membership import roster as rosters
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.membership.messages import Record
 from shoal.membership.presence import Outranked, Woke
+from shoal.node.core import FileDamaged
 
 LINES_MAX = 200_000
 
@@ -53,6 +54,7 @@ _SAYINGS: dict[type[Fact], str] = {
     MemberHere: "{fact.node} is here",
     MemberGone: "{fact.node} is gone",
     Outranked: "others know a later self, number {fact.incarnation}",
+    FileDamaged: "{fact.key} is damaged",
     Woke: "woke up: knows nobody any more",
     rosters.MemberAdded: "{fact.node} may be here",
     rosters.MemberRemoved: "{fact.node} may be here no more",

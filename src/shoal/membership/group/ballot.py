@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from shoal.errors import DamagedFile
 from shoal.ids import GroupId, NodeId
 from shoal.membership.messages import Member, Record
 
@@ -31,6 +32,32 @@ class GroupFile(msgspec.Struct, frozen=True, array_like=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _file_decoder = msgspec.msgpack.Decoder(GroupFile)
+_CHECKSUM_BYTES = 8
+
+
+def _checksum(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def write_file(file: GroupFile) -> bytes:
+    """What goes on disk: a checksum first, since a promise with one bit changed is another promise."""
+    payload = _encoder.encode(file)
+    return _checksum(payload) + payload
+
+
+def read_file(data: bytes) -> GroupFile:
+    """What `write_file` wrote.
+
+    Raises:
+        DamagedFile: it is not that. Nothing in it may be believed.
+    """
+    checksum, payload = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
+    if _checksum(payload) != checksum:
+        raise DamagedFile(f"{len(data)} bytes that do not match their checksum")
+    try:
+        return _file_decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise DamagedFile(f"no file of a group of this version: {error}") from error
 
 
 def record_hash(record: Record) -> str:
@@ -89,8 +116,12 @@ class Ballot:
         self._members: dict[NodeId, Member] = {}
 
     def restore(self, data: bytes) -> Member | None:
-        """Reads the file of a former life; returns what that wanted to be in the group."""
-        file = _file_decoder.decode(data)
+        """Reads the file of a former life; returns what that wanted to be in the group.
+
+        Raises:
+            DamagedFile: the voter is as one that lost its file.
+        """
+        file = read_file(data)
         self.promised, self.voted_for = file.promised, file.voted_for
         self.accepted_term, self.accepted, self.voter_incarnation = file.accepted_term, file.accepted, file.voter_incarnation
         self._set_committed(file.committed)
@@ -107,7 +138,7 @@ class Ballot:
             self.voter_incarnation,
             wants,
         )
-        return _encoder.encode(file)
+        return write_file(file)
 
     def member(self, node: NodeId) -> Member | None:
         """Its entry in the committed record."""
