@@ -11,17 +11,15 @@ import pytest
 from shoal.node.core import NodeCore
 from shoal.simulation.actions import Action
 from shoal.simulation.plan import Plan, parse_plan, run_plan
-from shoal.simulation.swarm import draw_plan, explain, missing_pairs, shrink
+from shoal.simulation.swarm import COVERING_SEEDS, draw_plan, explain, missing_pairs, shrink
 from tests.simulation import planted
-
-SEEDS = 500
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_five_hundred_seeds_break_no_invariant_and_every_state_meets_every_fault() -> None:
+def test_six_hundred_seeds_break_no_invariant_and_every_state_meets_every_fault() -> None:
     coverage: Counter[tuple[str, str, str]] = Counter()
-    for seed in range(SEEDS):
+    for seed in range(COVERING_SEEDS):
         outcome = run_plan(draw_plan(seed))
         assert outcome.failure is None, f"seed {seed}: {explain(shrink(outcome))}"
         coverage.update(outcome.checkers.coverage)

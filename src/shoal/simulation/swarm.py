@@ -30,6 +30,8 @@ TIMING = Timing(stranger_s=4.0, stamp_every_s=2.0, stamp_valid_s=60.0, hold_s=2.
 
 PAIRS = tuple((machine, state, fault) for machine, states in STATES.items() for state in states for fault in FAULTS)
 """What the swarm must cover."""
+COVERING_SEEDS = 600
+"""So many seeds let every state meet every fault: each pair is laid in ambush six times, and not every ambush is met."""
 
 
 # ---- drawing
@@ -395,13 +397,13 @@ def main(arguments: list[str] | None = None) -> int:
     for verdict in failed[: options.shrink]:
         print(f"\n==== seed {verdict.seed}\n{explain(shrink(run_plan(draw_plan(verdict.seed))))}")  # noqa: T201
     missing = missing_pairs(coverage)
-    if missing and options.seeds >= 500:
+    if missing and options.seeds >= COVERING_SEEDS:
         say(
             f"{len(missing)} of {len(PAIRS)} pairs of state and fault were not met: "
             + ", ".join("/".join(pair) for pair in missing)
         )
     say(f"{'FAILED: ' if failed else ''}{len(failed)} of {options.seeds} seeds failed")
-    return 1 if failed or (missing and options.seeds >= 500) else 0
+    return 1 if failed or (missing and options.seeds >= COVERING_SEEDS) else 0
 
 
 if __name__ == "__main__":
