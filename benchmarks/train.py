@@ -109,7 +109,7 @@ def compare(scenario: Scenario, *, num_bytes: int, num_rounds: int) -> dict[str,
 
 
 def main() -> None:
-    megabytes, megabytes_uneven, rounds, draws = (16, 4, 1, 3) if is_quick() else (32, 16, 3, 5)
+    megabytes, megabytes_uneven, rounds, draws = (12, 4, 1, 2) if is_quick() else (32, 16, 3, 5)
     try:
         on_table = compare(table(), num_bytes=megabytes * 10**6, num_rounds=rounds)
         on_draws = [compare(uneven(draw), num_bytes=megabytes_uneven * 10**6, num_rounds=rounds) for draw in range(draws)]
