@@ -69,6 +69,20 @@ def test_streamed_and_resident_weights_give_the_same_bits(tiny_model: TinyModel,
             assert np.array_equal(logits(stage), expected)
 
 
+def test_what_is_streamed_may_change_in_the_middle(tiny_model: TinyModel) -> None:
+    path = tiny_model("llama", "Q4_0")
+    runs = all_runs(path)
+    with opened(path, None) as stage:
+        stage.forward_tokens(IDS[:16], 0)
+        expected = [stage.forward_tokens([IDS[position]], position).copy() for position in range(16, 22)]
+    with opened(path, Streaming(frozenset(runs[::5]), 64 * 1024)) as stage:
+        stage.forward_tokens(IDS[:16], 0)
+        for position, names in enumerate([runs, runs[::2], runs[:1], runs[1::3], runs, runs[::5]], start=16):
+            stage.stream_anew(Streaming(frozenset(names), 128 * 1024))
+            assert np.array_equal(stage.forward_tokens([IDS[position]], position), expected[position - 16])
+            assert stage.missing_bytes() == 0
+
+
 def test_each_token_reads_the_streamed_bytes_once(tiny_model: TinyModel) -> None:
     path = tiny_model("llama", "Q8_0")
     with opened(path, Streaming(frozenset(all_runs(path)), 128 * 1024)) as stage:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from shoal.compute.page_cache import Extent, keep_resident
+from shoal.compute.page_cache import Extent, keep_resident, missing_bytes
 from shoal.errors import BadModelFile, ModelNotFound, UnsupportedModel
 
 HEADER_BYTES_MAX = 256 << 20
@@ -164,14 +164,24 @@ class GGUFFile:
         Raises:
             BadModelFile: a file is gone.
         """
-        wanted: list[list[Extent]] = [[] for _ in self._parts]
-        for info in infos:
-            wanted[info.part].append((info.offset, info.offset + info.num_bytes))
-        for part, extents in zip(self._parts, wanted, strict=True):
+        for part, extents in zip(self._parts, self._extents(infos), strict=True):
             try:
                 keep_resident(part.path, part.open_map, extents)
             except OSError as error:
                 raise BadModelFile(f"{part.path} cannot be read: {error.strerror or error}") from error
+
+    def missing_bytes(self, infos: Iterable[TensorInfo]) -> int:
+        """How much of these tensors is not in memory; 0 where the system does not say."""
+        return sum(
+            missing_bytes(part.open_map, extents) for part, extents in zip(self._parts, self._extents(infos), strict=True)
+        )
+
+    def _extents(self, infos: Iterable[TensorInfo]) -> list[list[Extent]]:
+        """By part."""
+        found: list[list[Extent]] = [[] for _ in self._parts]
+        for info in infos:
+            found[info.part].append((info.offset, info.offset + info.num_bytes))
+        return found
 
     def release(self, info: TensorInfo) -> None:
         """Tells the system that the tensor's pages will not be needed soon; they stay readable."""

@@ -67,35 +67,11 @@ class Stage:
         self.micro_batch = min(micro_batch, context)
         self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
         self.embedding = EmbeddingTable(model) if head else None
-        rope_name = model.rope_factor_name(context=context) if len(layers) else None
-        matrices = matrix_names(model, layers, head=head)
-        vectors = [name for i in range(layers.first, layers.stop) for name in model.layer_vectors(i)]
-        vectors += [rope_name] if rope_name else []
-        vectors += ["output_norm.weight"] if head else []
-        tensors = model.file.tensors
-        runs = {name: [tensors[name]] if streaming is None else row_runs(tensors[name]) for name in matrices}
-        in_order = [run for name in matrices for run in runs[name]]
-        self.streamed: StreamedTensors | None = None
-        if streaming is not None:
-            if not backend.is_host:
-                raise ValueError(f"device {backend.device_name} has memory of its own: only host devices stream weights")
-            turns = [run for run in in_order if run.name in streaming.names]
-            self.streamed = StreamedTensors(model.file.part_paths, turns, streaming)
-            in_order = [run for run in in_order if run.name not in streaming.names]
-        self.weights = Weights(
-            model.file,
-            [*in_order, *(tensors[name] for name in vectors)],
-            # Repacked kernels may give other bits, and a device that streams has no memory for copies.
-            repackable=matrices if repack and streaming is None else (),
-            backend=backend,
-        )
-        if streaming is not None:
-            model.file.keep_resident([*in_order, *(tensors[name] for name in vectors)])
-        self._vectors = self.weights.tensors
-        placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
-        self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
+        self._rope_name = model.rope_factor_name(context=context) if len(layers) else None
+        self._repack = repack
+        self._place(streaming)
         self._cache = _KeyValueCache(model, len(layers), self._num_cells_max, backend)
-        self._layer_tensors = [self._tensors_of(index, rope_name) for index in range(len(layers))]
+        self._layer_tensors = [self._tensors_of(index) for index in range(len(layers))]
         self._graphs: OrderedDict[tuple[int, int, int, bool], _StageGraph] = OrderedDict()
         self._allocator = L.ggml_gallocr_new(backend.default_buffer_type)
         self._reserve()
@@ -153,9 +129,7 @@ class Stage:
 
     def close(self) -> None:
         """Frees everything but the model file and the backend, which their owners close."""
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
+        self._drop_graphs()
         if self._allocator:
             L.ggml_gallocr_free(self._allocator)
             self._allocator = None
@@ -164,14 +138,67 @@ class Stage:
         if self.streamed is not None:
             self.streamed.close()
 
-    def _tensors_of(self, index: int, rope_name: str | None) -> LayerTensors:
+    def _place(self, streaming: Streaming | None) -> None:
+        """Gives every tensor its place: in memory, or in the ring in its turn."""
+        model, layers, backend, head = self.model, self.layers, self.backend, self.is_head
+        matrices = matrix_names(model, layers, head=head)
+        vectors = [name for i in range(layers.first, layers.stop) for name in model.layer_vectors(i)]
+        vectors += [self._rope_name] if self._rope_name else []
+        vectors += ["output_norm.weight"] if head else []
+        tensors = model.file.tensors
+        runs = {name: [tensors[name]] if streaming is None else row_runs(tensors[name]) for name in matrices}
+        in_order = [run for name in matrices for run in runs[name]]
+        self.streamed: StreamedTensors | None = None
+        if streaming is not None:
+            if not backend.is_host:
+                raise ValueError(f"device {backend.device_name} has memory of its own: only host devices stream weights")
+            turns = [run for run in in_order if run.name in streaming.names]
+            self.streamed = StreamedTensors(model.file.part_paths, turns, streaming)
+            in_order = [run for run in in_order if run.name not in streaming.names]
+        self._resident = [*in_order, *(tensors[name] for name in vectors)]
+        self.weights = Weights(
+            model.file,
+            self._resident,
+            # Repacked kernels may give other bits, and a device that streams has no memory for copies.
+            repackable=matrices if self._repack and streaming is None else (),
+            backend=backend,
+        )
+        if streaming is not None:
+            model.file.keep_resident(self._resident)
+        self._vectors = self.weights.tensors
+        placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
+        self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
+
+    def stream_anew(self, streaming: Streaming) -> None:
+        """Changes what is streamed, between two micro-batches; the cache stays.
+
+        Raises:
+            ValueError: the device has memory of its own.
+        """
+        self._drop_graphs()
+        self.weights.close()
+        if self.streamed is not None:
+            self.streamed.close()
+        self._place(streaming)
+        self._layer_tensors = [self._tensors_of(index) for index in range(len(self.layers))]
+
+    def missing_bytes(self) -> int:
+        """Of the mapped weights that stay, how much the system has taken."""
+        return self.model.file.missing_bytes(self._resident)
+
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def _tensors_of(self, index: int) -> LayerTensors:
         prefix = f"blk.{self.layers.first + index}."
         return LayerTensors(
             matrices={name: self._matrices[prefix + name] for name in self.model.architecture.matrices},
             vectors={name.removeprefix(prefix): t for name, t in self._vectors.items() if name.startswith(prefix)},
             keys=self._cache.keys[index],
             values=self._cache.values[index],
-            rope_factors=self._vectors[rope_name] if rope_name else None,
+            rope_factors=self._vectors[self._rope_name] if self._rope_name else None,
         )
 
     def _reserve(self) -> None:
@@ -199,9 +226,7 @@ class Stage:
                 raise MemoryError(f"no memory on {self.backend.device_name} for activations of {num_tokens} tokens")
             if self.activation_bytes != size_before:
                 # The buffer moved: what older graphs point to is gone.
-                for stale in self._graphs.values():
-                    stale.close()
-                self._graphs.clear()
+                self._drop_graphs()
             graph.bind(is_host=self.backend.is_host)
             if self.streamed is not None:
                 graph.cut(self.streamed)

@@ -33,10 +33,22 @@ class ThreadCounts(NamedTuple):
 
 
 class RingStage:
-    """A stage that is not the head: its frames come from the previous device and go to the next."""
+    """A stage that is not the head: its frames come from the previous device and go to the next.
 
-    def __init__(self, stage: Stage, inbound: Inbound, outbound: Outbound, threads: ThreadCounts) -> None:
+    `while_waiting` is called between two frames, when the stage is not computing.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        inbound: Inbound,
+        outbound: Outbound,
+        threads: ThreadCounts,
+        *,
+        while_waiting: Callable[[], None] = _nothing,
+    ) -> None:
         self._stage = stage
+        self._while_waiting = while_waiting
         self._inbound = inbound
         self._outbound = outbound
         self._threads = threads
@@ -49,6 +61,7 @@ class RingStage:
         """
         frame = self._outbound.free_frame()
         while True:
+            self._while_waiting()
             self._inbound.receive(frame)
             arrived_ns = time.perf_counter_ns()
             header = frame.header
@@ -63,7 +76,8 @@ class RingStage:
 class RingHead:
     """The device that took the request: embeds, sends once round the ring, and turns what comes back into logits.
 
-    In a ring of one, `inbound` and `outbound` are None and a pass is one call.
+    In a ring of one, `inbound` and `outbound` are None and a pass is one call. `while_waiting` is called for every token,
+    while others compute.
     """
 
     def __init__(
@@ -75,8 +89,10 @@ class RingHead:
         num_stages: int,
         inbound: Inbound | None = None,
         outbound: Outbound | None = None,
+        while_waiting: Callable[[], None] = _nothing,
     ) -> None:
         self.stage = stage
+        self._while_waiting = while_waiting
         self.num_stages = num_stages
         self._engine = engine
         self._threads = threads
@@ -105,6 +121,7 @@ class RingHead:
         embed_s = time.perf_counter() - started_s
         self._send(x_BD, position)
         meanwhile()
+        self._while_waiting()
         if self._inbound is not None:
             self._inbound.receive(self._received)
             x_BD = self._received.hidden_states

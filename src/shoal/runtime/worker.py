@@ -9,10 +9,13 @@ process at once, wherever it is; so does a lost neighbour in the ring, after say
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import queue
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
@@ -23,11 +26,13 @@ from shoal.compute.gguf import GGUFFile
 from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
 from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
-from shoal.errors import LinkError, RemoteProtocolError, ShoalError
+from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
+from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
 from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
+from shoal.runtime.free_memory import available_bytes
 from shoal.runtime.messages import (
     AnyMessage,
     AssignLayers,
@@ -126,7 +131,8 @@ class Worker:
         else:
             assert inbound is not None
             assert outbound is not None
-            ring_stage = RingStage(self._stage, inbound, outbound, self._threads)
+            watch = functools.partial(self._keep_within_memory, assigned)
+            ring_stage = RingStage(self._stage, inbound, outbound, self._threads, while_waiting=watch)
             self._pipe.send(RingConnected())
             ring_stage.run()
 
@@ -173,7 +179,13 @@ class Worker:
         return 0.0 if fits or not self._backend.is_host else measure_read_rate(path)
 
     def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
-        streaming = self._choose_streaming(assigned)
+        self._watch: MemoryWatch | None = None
+        streaming = None
+        if assigned.memory_bytes is not None:
+            self._beside_bytes = self._bytes_beside_weights(assigned)
+            streaming = self._choose_streaming(assigned, assigned.memory_bytes)
+            self._watch = MemoryWatch(assigned.memory_bytes) if streaming else None
+            self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._stage = stage = Stage(
             self._model,
             assigned.layers,
@@ -199,9 +211,7 @@ class Worker:
             )
         )
 
-    def _choose_streaming(self, assigned: AssignLayers) -> Streaming | None:
-        if assigned.memory_bytes is None:
-            return None
+    def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
         tensors = self._model.file.tensors
         names = matrix_names(self._model, assigned.layers, head=assigned.head)
         runs = [run for name in names for run in row_runs(tensors[name])]
@@ -215,7 +225,7 @@ class Worker:
         per_byte_s = self._layer_s * len(assigned.layers) / max(1, total_bytes)
         residency = choose_residency(
             [TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs],
-            available_bytes=assigned.memory_bytes - self._bytes_beside_weights(assigned) - vector_bytes,
+            available_bytes=memory_bytes - self._beside_bytes - vector_bytes,
             read_bytes_per_s=self._read_bytes_per_s,
             idle_s=assigned.idle_s,
         )
@@ -242,6 +252,25 @@ class Worker:
         num_frames = assigned.num_stages + 2 if assigned.num_stages > 1 else 1
         return own_bytes() + stage_bytes + num_frames * frame_bytes + _HEAD_ROOM_BYTES
 
+    def _keep_within_memory(self, assigned: AssignLayers) -> None:
+        """Streams what the owner's programs took of the memory, and takes it back when they are done."""
+        now_s = time.monotonic()
+        if self._watch is None or now_s < self._next_check_s:
+            return
+        self._next_check_s = now_s + CHECK_EVERY_S
+        memory_bytes = self._watch.step(
+            missing_bytes=self._stage.missing_bytes(),
+            resident_bytes=self._stage.weights.mapped_bytes,
+            available_bytes=available_bytes(),
+            now_s=now_s,
+        )
+        if memory_bytes is None:
+            return
+        with contextlib.suppress(InfeasiblePlacement):  # it is as little as can be already
+            streaming = self._choose_streaming(assigned, memory_bytes)
+            if streaming is not None:
+                self._stage.stream_anew(streaming)
+
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
             return None, None
@@ -267,6 +296,7 @@ class Worker:
             num_stages=assigned.num_stages,
             inbound=inbound,
             outbound=outbound,
+            while_waiting=functools.partial(self._keep_within_memory, assigned),
         )
         conversation = Conversation(
             head,

@@ -1,0 +1,64 @@
+"""An owner who takes memory back slows the answer and never ends it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shoal.lab.model_workload import vouch_for
+from shoal.lab.random_model import write_random_model
+from shoal.lab.scenario import FileSpec, Squeeze
+from shoal.lab.shapes import SHAPES
+from shoal.units import MIB
+from tests.lab.fixture import MakeLab
+
+PORT = 7433
+CAP_MIB = 400
+TOKENS = 200
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """410 MB in eight layers."""
+    path = tmp_path_factory.mktemp("models") / "large.gguf"
+    shape = msgspec.structs.replace(SHAPES["tiny"], num_layers=8, hidden_size=1024, feed_forward_size=3072)
+    write_random_model(path, shape, quantisation="F32")
+    return path
+
+
+@pytest.mark.full
+def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Path) -> None:
+    cluster = lab(
+        {
+            "devices": {"home": {"memory_mib": CAP_MIB, "disk_mb_s": 800, "files": [{"path": str(model)}]}, "client": {}},
+            "links": [{"between": ["home", "client"]}],
+        }
+    )
+    vouch_for(cluster, "home", cluster.files_folder("home") / model.name, original=model)
+    agent = cluster.start("home", f"shoal up --listen={{address}}:{PORT} --models={{files}} --memory={CAP_MIB * MIB}")
+    cluster.wait_listening(agent, PORT)
+    ask = f"shoal run {cluster.files_folder('home') / model.name} --agent={{address:home}}:{PORT} --json --temperature=0 --raw"
+    ask += f" --threads=1 --context=512 --max-tokens={TOKENS} -- one"
+
+    def answer(*, squeezed: bool) -> dict[str, Any]:
+        process = cluster.start("client", ask)
+        if squeezed:
+            time.sleep(3)
+            cluster.apply(Squeeze(device="home", memory_mib=CAP_MIB - 100))
+        try:
+            assert process.wait(120) == 0, process.stderr.read_text()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no answer within two minutes: {cluster.usage('home')}")
+        return dict(json.loads(process.stdout.read_text()))
+
+    calm, squeezed = answer(squeezed=False), answer(squeezed=True)
+    again = answer(squeezed=False)
+    print(calm["tokens_per_s"], squeezed["tokens_per_s"], again["tokens_per_s"], cluster.usage("home"))
+    assert calm["token_ids"] == squeezed["token_ids"] == again["token_ids"]
+    assert cluster.usage("home").oom_kills == 0
