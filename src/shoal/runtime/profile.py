@@ -19,6 +19,7 @@ from shoal.compute.backend import Backend
 from shoal.compute.model import Model
 from shoal.compute.stage import Stage
 from shoal.ids import LayerRange
+from shoal.runtime.free_memory import available_bytes
 
 MEMORY_SHARE = 0.8
 """Of what is free; the rest is the owner's."""
@@ -31,7 +32,7 @@ _BUDGET_PER_COUNT_S = 0.05
 def usable_memory_bytes(limit_bytes: int | None) -> int:
     """For one more worker of this process: what the owner's limit leaves, but never more than is there; without a limit
     a share of what is free now."""
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     if limit_bytes is None:
         return int(available * MEMORY_SHARE)
     return max(0, min(limit_bytes - own_bytes() - _worker_bytes(), available))
