@@ -10,15 +10,20 @@ Source: measured; see docs/log.md.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14; older ones refuse it, and pages come with their first use."""
 _CHUNK_BYTES = 2 * 1024 * 1024
+_ATTEMPTS = 3
+"""What is brought in last may push out what came first, as long as something else is in the way."""
 
 Extent = tuple[int, int]
 """[first byte, stop)."""
@@ -42,14 +47,45 @@ def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent]) -> No
             os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
         # As with the map: nothing beyond what is asked for.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        for first, stop in extents:
-            for begin in range(first, stop, _CHUNK_BYTES):
-                num_bytes = min(_CHUNK_BYTES, stop - begin)
-                os.pread(descriptor, num_bytes, begin)
-                with contextlib.suppress(OSError):
-                    mapped.madvise(_POPULATE_READ, begin, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        for _ in range(_ATTEMPTS):
+            missing = [extent for extent in _chunks(extents) if missing_bytes(mapped, [extent])]
+            for first, stop in missing:
+                os.pread(descriptor, stop - first, first)
+                _populate(mapped, (first, stop))
+            if not missing:
+                break
+        for extent in _chunks(extents):
+            _populate(mapped, extent)  # what was in the cache already
     finally:
         os.close(descriptor)
+
+
+def missing_bytes(mapped: mmap.mmap, wanted: Iterable[Extent]) -> int:
+    """How much of `wanted` is not in memory; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    mincore = ctypes.CDLL(None).mincore
+    num_missing = 0
+    for first, stop in _whole_pages(wanted, num_bytes=len(mapped)):
+        pages = np.empty(-(-(stop - first) // mmap.PAGESIZE), np.uint8)
+        if mincore(ctypes.c_void_p(address + first), ctypes.c_size_t(stop - first), pages.ctypes.data_as(ctypes.c_void_p)):
+            return 0
+        num_missing += int(np.count_nonzero(pages & 1 == 0))
+    return num_missing * mmap.PAGESIZE
+
+
+def _populate(mapped: mmap.mmap, extent: Extent) -> None:
+    """Maps pages, which also tells the system that they are used."""
+    first, stop = extent
+    with contextlib.suppress(OSError):
+        mapped.madvise(_POPULATE_READ, first, -(-(stop - first) // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+
+def _chunks(extents: Iterable[Extent]) -> list[Extent]:
+    return [
+        (begin, min(stop, begin + _CHUNK_BYTES)) for first, stop in extents for begin in range(first, stop, _CHUNK_BYTES)
+    ]
 
 
 def _whole_pages(extents: Iterable[Extent], *, num_bytes: int) -> list[Extent]:

@@ -28,7 +28,7 @@ from shoal.placement.window import ByteRing
 
 BLOCK_BYTES = 4096
 """What direct reads are aligned to: no disk or file system in use wants more."""
-REQUEST_BYTES = 2 * 1024 * 1024
+REQUEST_BYTES = 4 * 1024 * 1024
 REQUESTS_IN_FLIGHT = 2
 RUN_BYTES = 4 * 1024 * 1024
 """Small enough that a ring of some of them is a few per cent of a small device, large enough for a disk's full rate."""
@@ -143,11 +143,12 @@ def _huge_pages(num_bytes: int) -> mmap.mmap:
 
 
 class _Piece:
-    """One tensor's bytes on their way or here. `address` is where the tensor begins."""
+    """One tensor's bytes on their way or here, the `number`th of all. `address` is where the tensor begins."""
 
-    __slots__ = ("address", "begin", "end_offset", "next_offset", "num_pending", "part", "stop_offset")
+    __slots__ = ("address", "begin", "end_offset", "next_offset", "num_pending", "number", "part", "stop_offset")
 
-    def __init__(self, info: TensorInfo, begin: int, base: int) -> None:
+    def __init__(self, info: TensorInfo, begin: int, base: int, *, number: int) -> None:
+        self.number = number
         self.part = info.part
         start = info.offset // BLOCK_BYTES * BLOCK_BYTES
         self.begin = begin - start  # file offset -> ring offset
@@ -230,11 +231,16 @@ class StreamedTensors:
             tensor.contents.buffer = self._buffer
             tensor.contents.data = self._base
             self.tensors[info.name] = tensor
-        self._changed = threading.Condition()
+        # Two conditions, one lock: every thread that is woken for nothing takes its time from the computation.
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._freed = threading.Condition(self._lock)
         self._pieces: deque[_Piece] = deque()
         self._num_used = 0
         """Turns completed so far, which is also the number of the oldest piece."""
         self._num_placed = 0
+        self._awaited: int | None = None
+        """The number of the piece that the computation waits for."""
         self._failure: Exception | None = None
         self._is_closed = False
         self.bytes_read = 0
@@ -275,10 +281,12 @@ class StreamedTensors:
             BadModelFile: the disk failed, or the file became shorter.
         """
         ahead = (self._index_of[name] - self._num_used) % len(self._infos)
-        with self._changed:
+        with self._lock:
             started_s = time.perf_counter()
             while not self._failure and not (ahead < len(self._pieces) and self._pieces[ahead].is_here):
-                self._changed.wait()
+                self._awaited = self._num_used + ahead
+                self._arrived.wait()
+            self._awaited = None
             self.waited_s += time.perf_counter() - started_s
             if self._failure:
                 raise self._failure
@@ -286,17 +294,17 @@ class StreamedTensors:
 
     def release(self, name: str) -> None:
         """The tensor has been used; tensors are released in their order."""
-        with self._changed:
+        with self._lock:
             assert self._index_of[name] == self._num_used % len(self._infos), f"{name} is not the oldest"
             self._pieces.popleft()
             self._ring.free()
             self._num_used += 1
-            self._changed.notify_all()
+            self._freed.notify()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify_all()
+            self._freed.notify_all()
         for reader in self._readers:
             reader.join()
         for file in self._files.values():
@@ -318,15 +326,15 @@ class StreamedTensors:
                     BadModelFile(f"{self._paths[piece.part]}: reading at byte {offset} failed: {error.strerror or error}")
                 )
                 return
-            with self._changed:
+            with self._lock:
                 piece.num_pending -= 1
                 self.bytes_read += num_bytes
-                if piece.is_here:
-                    self._changed.notify_all()
+                if piece.is_here and piece.number == self._awaited:
+                    self._arrived.notify()
 
     def _next_request(self) -> tuple[_Piece, int, int] | None:
         """The next bytes to read, as soon as there is room for them; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self._is_closed and self._failure is None:
                 piece = self._pieces[-1] if self._pieces else None
                 if piece is None or piece.next_offset >= piece.stop_offset:
@@ -336,8 +344,10 @@ class StreamedTensors:
                     num_bytes = min(self._request_bytes, piece.stop_offset - offset)
                     piece.next_offset += num_bytes
                     piece.num_pending += 1
+                    if piece.next_offset < piece.stop_offset or self._place_next() is not None:
+                        self._freed.notify()  # there is work for another reader
                     return piece, offset, num_bytes
-                self._changed.wait()
+                self._freed.wait()
         return None
 
     def _place_next(self) -> _Piece | None:
@@ -346,7 +356,7 @@ class StreamedTensors:
         begin = self._ring.take(room_bytes(info)) if len(self._pieces) < len(self._infos) else None
         if begin is None:
             return None
-        piece = _Piece(info, begin, self._base)
+        piece = _Piece(info, begin, self._base, number=self._num_placed)
         self._pieces.append(piece)
         self._num_placed += 1
         return piece
@@ -364,6 +374,7 @@ class StreamedTensors:
             done += count
 
     def _fail(self, failure: Exception) -> None:
-        with self._changed:
+        with self._lock:
             self._failure = self._failure or failure
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._freed.notify_all()

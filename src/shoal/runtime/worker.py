@@ -59,7 +59,7 @@ from shoal.units import MIB
 
 _FITS_SURELY_BYTES = 1024 * MIB
 """A memory larger than twice the model's file, and by this, surely holds it with its cache and the runtime."""
-_HEAD_ROOM_BYTES = 24 * MIB
+_HEAD_ROOM_BYTES = 32 * MIB
 """For what no worker can know before: pages of programs and libraries, sockets, tokenizer and template."""
 _RING_TIMEOUT_S = 60.0
 """For the previous stage to dial in: it may still be loading its layers."""
