@@ -127,6 +127,7 @@ class Engine:
         self._own = own
         self.description = description
         self._turn = asyncio.Lock()
+        self._leaving: asyncio.Task[None] | None = None  # one at a time, since it has the turn
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         # Whoever waits for the worker's next word learns of a loss at once, without a task per token to listen for it.
         self._lost.add_done_callback(lambda lost: own.worker.interrupt(WorkerLost(lost.result())))
@@ -142,19 +143,22 @@ class Engine:
         Raises:
             WorkerLost: a device was lost before the end.
         """
-        async with self._turn:
+        await self._turn.acquire()
+        ended = True
+        try:
             if self.is_lost:
                 raise WorkerLost(self._lost.result() if self._lost.done() else "the worker here has ended")
-            await self._own.worker.send(request)
             ended = False
-            try:
-                while not ended:
-                    message = await self._next()
-                    ended = isinstance(message, _LAST)
-                    yield message
-            finally:
-                if not ended:
-                    await self._cancel()
+            await self._own.worker.send(request)
+            while not ended:
+                message = await self._next()
+                ended = isinstance(message, _LAST)
+                yield message
+        finally:
+            if ended:
+                self._turn.release()
+            else:
+                await self._leave()
 
     async def _next(self) -> AnyMessage:
         """The worker's next message; a device's loss comes first, because the worker may hang on its dead link."""
@@ -167,6 +171,13 @@ class Engine:
             if not self._lost.done():
                 self._lost.set_result(str(error))
             raise WorkerLost(self._lost.result()) from None
+
+    async def _leave(self) -> None:
+        """Stops the request under way. It keeps its turn until it has ended, even where whoever waits here is cancelled
+        (again): the next request would be answered with what is left of this one."""
+        self._leaving = asyncio.create_task(self._cancel())
+        self._leaving.add_done_callback(lambda _: self._turn.release())
+        await asyncio.shield(self._leaving)
 
     async def _cancel(self) -> None:
         """Stops the worker's request and reads what it still says, so that the next one starts clean."""
