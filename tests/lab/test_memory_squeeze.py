@@ -13,14 +13,14 @@ import pytest
 
 from shoal.lab.model_workload import vouch_for
 from shoal.lab.random_model import write_random_model
-from shoal.lab.scenario import FileSpec, Squeeze
+from shoal.lab.scenario import Squeeze
 from shoal.lab.shapes import SHAPES
 from shoal.units import MIB
 from tests.lab.fixture import MakeLab
 
 PORT = 7433
 CAP_MIB = 400
-TOKENS = 200
+TOKENS = 100
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(300)
 def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Path) -> None:
     cluster = lab(
         {
@@ -43,22 +44,24 @@ def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Pa
     vouch_for(cluster, "home", cluster.files_folder("home") / model.name, original=model)
     agent = cluster.start("home", f"shoal up --listen={{address}}:{PORT} --models={{files}} --memory={CAP_MIB * MIB}")
     cluster.wait_listening(agent, PORT)
-    ask = f"shoal run {cluster.files_folder('home') / model.name} --agent={{address:home}}:{PORT} --json --temperature=0 --raw"
+    ask = (
+        f"shoal run {cluster.files_folder('home') / model.name} --agent={{address:home}}:{PORT} --json --temperature=0 --raw"
+    )
     ask += f" --threads=1 --context=512 --max-tokens={TOKENS} -- one"
 
     def answer(*, squeezed: bool) -> dict[str, Any]:
-        process = cluster.start("client", ask)
+        process, page_ins = cluster.start("client", ask), cluster.usage("home").page_ins
         if squeezed:
             time.sleep(3)
             cluster.apply(Squeeze(device="home", memory_mib=CAP_MIB - 100))
         try:
-            assert process.wait(120) == 0, process.stderr.read_text()
+            assert process.wait(90) == 0, process.stderr.read_text()
         except subprocess.TimeoutExpired:
-            pytest.fail(f"no answer within two minutes: {cluster.usage('home')}")
-        return dict(json.loads(process.stdout.read_text()))
+            pytest.fail(f"no answer within a minute and a half: {cluster.usage('home')}")
+        return {**json.loads(process.stdout.read_text()), "page_ins": cluster.usage("home").page_ins - page_ins}
 
-    calm, squeezed = answer(squeezed=False), answer(squeezed=True)
-    again = answer(squeezed=False)
-    print(calm["tokens_per_s"], squeezed["tokens_per_s"], again["tokens_per_s"], cluster.usage("home"))
-    assert calm["token_ids"] == squeezed["token_ids"] == again["token_ids"]
+    answers = [answer(squeezed=is_squeezed) for is_squeezed in (False, True, False)]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"] == answers[2]["token_ids"]
     assert cluster.usage("home").oom_kills == 0
+    # Once it has given back enough, no page is lost any more: without that it takes minutes for a few tokens.
+    assert answers[2]["page_ins"] < 5000
