@@ -48,7 +48,7 @@ class MemoryWatch:
                 return None
             if self._grew_at_s is not None and now_s - self._grew_at_s < self._quiet_s:
                 self._quiet_s = min(_QUIET_S_MAX, 2 * self._quiet_s)
-            self.memory_bytes -= missing_bytes + _MARGIN_BYTES
+            self.memory_bytes = max(0, self.memory_bytes - missing_bytes - _MARGIN_BYTES)
             return self.memory_bytes
         self._was_lost = False
         if self._quiet_since_s is None:
