@@ -9,6 +9,7 @@
       RequestError                  the request cannot be answered as it stands
         ContextExceeded             prompt and answer are longer than the context
         TemplateError               the model's chat template refuses these messages
+      DamagedFile                   a file of ours does not hold what was written to it
       CannotWrite                   a file cannot be written: no room, no such folder, no permission
       DeviceError                   about a device
         DeviceUnreachable           no connection, or it was lost
