@@ -52,12 +52,14 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
 def breakdown(engine: EngineDescription, finished: Finished) -> Table:
     """Who held which layers, and where a token's time went."""
     rate = tokens_per_s(finished)
+    streams = any(stage.streamed_bytes for stage in engine.stages)
+    read = "weights read from disk; " if streams else ""
     table = Table(
-        "device", "layers", "threads", "memory", "compute", "wait", "wire",
+        "device", "layers", "threads", "memory", *(["from disk"] if streams else []), "compute", "wait", "wire",
         title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
         f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}",
         title_justify="left",
-        caption="per token: weights read from disk; medians of computing, waiting for the others, sending and receiving",
+        caption=f"per token: {read}medians of computing, waiting for the others, sending and receiving",
         caption_justify="left",
         box=None,
     )  # fmt: skip
@@ -69,6 +71,7 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
             layers,
             str(stage.num_threads),
             format_bytes(stage.memory_bytes),
+            *([format_bytes(stage.streamed_bytes)] if streams else []),
             *([format_seconds(part) for part in (time.compute_s, time.wait_s, time.wire_s)] if time else ["-"] * 3),
         )
     for device, reason in engine.left_out:
