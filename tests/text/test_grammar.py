@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 from typing import Any
 
@@ -44,6 +45,30 @@ def test_numbers_end(schema: dict[str, Any], texts: list[str], endless: str) -> 
         assert allowed(schema, text), text
         jsonschema.validate(json.loads(text), schema)
     assert not allowed(schema, endless)
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "exists"),
+    [
+        ("time", "09:52:59-21:50", True),
+        ("time", "09:52:60-21:50", False),
+        ("date-time", "2024-02-29T10:00:59.5Z", True),
+        ("date-time", "2023-02-29T10:00:00Z", False),
+        ("date-time", "2024-02-29T10:00:60Z", False),
+        ("date", "2023-04-31", False),
+        ("date", "0000-01-01", False),
+    ],
+)
+def test_only_times_that_exist(form: str, text: str, exists: bool) -> None:
+    assert allowed({"type": "string", "format": form}, f'"{text}"') == exists
+
+
+def test_the_last_of_february_is_there_in_leap_years() -> None:
+    for year in (*range(1, 40), *range(1880, 2120), 2200, 2400, 9996, 9999):
+        schema = {"type": "string", "format": "date"}
+        assert allowed(schema, f'"{year:04}-02-29"') == calendar.isleap(year), year
+        assert allowed(schema, f'"{year:04}-02-28"')
+        assert allowed(schema, f'"{year:04}-12-31"')
 
 
 @pytest.mark.parametrize(

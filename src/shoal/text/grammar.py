@@ -230,6 +230,12 @@ _ALONE = ("items", "additionalProperties")
 """Keywords below which a schema has schemas that an answer must satisfy: by name, in order, alone."""
 _RANGE = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _FRACTION_STEP = 1e-9
+_YEAR = r"(000[1-9]|00[1-9]\d|0[1-9]\d\d|[1-9]\d{3})"
+_LEAP_YEAR = r"(\d\d(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
+_DATE = rf"({_YEAR}-(0[13-9]|1[0-2])-\d\d|{_YEAR}-02-([01]\d|2[0-8])|{_LEAP_YEAR}-02-29)"
+_TIME = r"\d\d:\d\d:[0-5]"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}", "date-time": f"^{_DATE}[Tt ]{_TIME}"}
+"""What the formats let through and readers refuse is left out: 29 February of any year, the year 0, second 60."""
 _LENGTHS_MAX = {
     "time": len("12:34:56.123456789+00:00"),
     "date-time": len("2000-01-01T12:34:56.123456789+00:00"),
@@ -240,7 +246,7 @@ _INTEGER_MAX = 9 * 10**18
 
 
 def _held_short(schema: Any) -> Any:
-    """The schema with numbers and times of bounded length; whatever satisfies it satisfies `schema`."""
+    """The schema with numbers and times of bounded length and dates that exist: what satisfies it satisfies `schema`."""
     if not isinstance(schema, dict):
         return schema
     short = dict(schema)
@@ -265,6 +271,8 @@ def _held_short(schema: Any) -> Any:
             short["maximum"] = _INTEGER_MAX
     if schema.get("format") in _LENGTHS_MAX and not {"minLength", "maxLength"} & schema.keys():
         short["maxLength"] = _LENGTHS_MAX[schema["format"]]
+    if schema.get("format") in _PATTERNS and "pattern" not in schema:
+        short["pattern"] = _PATTERNS[schema["format"]]
     return short
 
 
