@@ -12,7 +12,7 @@ from shoal.compute.model import Model
 from shoal.compute.stage import Stage
 from shoal.errors import LinkError
 from shoal.ids import EngineId, LayerRange
-from shoal.runtime.ring import RingHead, RingStage, ThreadCounts
+from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
 
 ENGINE = EngineId(99)
@@ -84,8 +84,7 @@ def _connect(stages: list[Stage]) -> list[tuple[Inbound | None, Outbound | None]
         outbounds.append(
             Outbound(
                 dial("127.0.0.1", port, engine=ENGINE, version="test"),
-                micro_batch=stage.micro_batch,
-                hidden_size=stage.model.shape.hidden_size,
+                frame_shape(stage, len(stages)),
                 frames_max=len(stages) + 1,
             )
         )

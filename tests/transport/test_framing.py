@@ -32,7 +32,7 @@ def test_a_header_comes_out_as_it_went_in(
 def test_the_bytes_of_a_header_never_change() -> None:
     buffer = bytearray(HEADER.size)
     pack_header(memoryview(buffer), FrameHeader(FrameKind.FORWARD, 2, EngineId(0x1122334455667788), 7, 1, 2304))
-    assert buffer.hex() == "53484f4101000402887766554433221107000000" + "01000000" + "00090000"
+    assert buffer.hex() == "53484f4102000402887766554433221107000000" + "01000000" + "00090000"
 
 
 @given(st.binary(min_size=HEADER.size, max_size=HEADER.size))
@@ -52,7 +52,7 @@ def test_another_protocol_version_says_what_to_do() -> None:
     buffer = bytearray(HEADER.size)
     pack_header(memoryview(buffer), FrameHeader(FrameKind.FORWARD, 0, EngineId(1), 0, 1, 0))
     buffer[4] = 9
-    with pytest.raises(RemoteProtocolError, match=r"speaks ring protocol 9, this device 1: install the same shoal"):
+    with pytest.raises(RemoteProtocolError, match=r"speaks ring protocol 9, this device 2: install the same shoal"):
         unpack_header(buffer, payload_bytes_max=4096)
 
 

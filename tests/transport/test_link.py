@@ -11,11 +11,13 @@ import pytest
 
 from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, RemoteProtocolError
 from shoal.ids import EngineId
-from shoal.transport.framing import HEADER, StageTiming
-from shoal.transport.link import Frame, Inbound, Outbound, RingListener, dial, listen
+from shoal.transport.framing import HEADER, MAGIC, PROTOCOL_VERSION, STAGE_RECORD, FrameKind, StageTiming
+from shoal.transport.link import Frame, FrameShape, Inbound, Outbound, RingListener, dial, listen
 
 ENGINE = EngineId(42)
 HIDDEN = 16
+VISITS = 3
+FRAME_BYTES = HIDDEN * 4 + VISITS * STAGE_RECORD.size
 
 
 def connected(*, frames_max: int = 4, hidden: int = HIDDEN, micro_batch: int = 512) -> tuple[Inbound, Outbound]:
@@ -26,7 +28,19 @@ def connected(*, frames_max: int = 4, hidden: int = HIDDEN, micro_batch: int = 5
     sock = dial("127.0.0.1", listener.port, engine=ENGINE, version="1")
     accepting.join()
     listener.close()
-    return accepted[0], Outbound(sock, micro_batch=micro_batch, hidden_size=hidden, frames_max=frames_max)
+    return accepted[0], Outbound(sock, FrameShape(micro_batch, hidden, VISITS), frames_max=frames_max)
+
+
+def header(
+    *,
+    version: int = PROTOCOL_VERSION,
+    kind: FrameKind = FrameKind.FORWARD,
+    num_records: int = 0,
+    engine: int = ENGINE,
+    num_tokens: int = 1,
+    payload_bytes: int = FRAME_BYTES,
+) -> bytes:
+    return HEADER.pack(MAGIC, version, kind, num_records, engine, 0, num_tokens, payload_bytes)
 
 
 @pytest.fixture
@@ -39,10 +53,10 @@ def link() -> Iterator[tuple[Inbound, Outbound]]:
 
 def test_hidden_states_and_times_arrive_as_they_left(link: tuple[Inbound, Outbound]) -> None:
     inbound, outbound = link
-    received, frame = Frame(micro_batch=512, hidden_size=HIDDEN), outbound.free_frame()
+    received, frame = Frame(FrameShape(512, HIDDEN, VISITS)), outbound.free_frame()
     for num_tokens in (1, 2, 512, 1):
         x_BD = np.random.default_rng(num_tokens).standard_normal((num_tokens, HIDDEN), dtype=np.float32)
-        frame.begin(ENGINE, np.zeros_like(x_BD), 3)
+        frame.begin(ENGINE, 3, num_tokens)[...] = 0.0
         frame.continue_with(np.zeros_like(x_BD), compute_ns=10**9, held_ns=2 * 10**9)
         frame.continue_with(x_BD, compute_ns=500_000_000, held_ns=750_000_000)
         frame = outbound.send(frame)
@@ -56,11 +70,11 @@ def test_hidden_states_and_times_arrive_as_they_left(link: tuple[Inbound, Outbou
 def test_large_frames_do_not_block_the_sender_and_keep_their_order() -> None:
     # 16 MB are more than the socket's buffers take: the sender thread must wait, the caller must not.
     inbound, outbound = connected(frames_max=6, hidden=8192, micro_batch=128)
-    frame, received = outbound.free_frame(), Frame(micro_batch=128, hidden_size=8192)
+    frame, received = outbound.free_frame(), Frame(FrameShape(128, 8192, VISITS))
     for index in range(4):
-        frame.begin(ENGINE, np.full((128, 8192), index, dtype=np.float32), index)
+        frame.begin(ENGINE, index, 128)[...] = index
         frame = outbound.send(frame)
-    frame.begin(ENGINE, np.full((1, 8192), 4, dtype=np.float32), 4)  # small, and still not ahead of the others
+    frame.begin(ENGINE, 4, 1)[...] = 4  # small, and still not ahead of the others
     outbound.send(frame)
     for index in range(5):
         inbound.receive(received)
@@ -74,27 +88,30 @@ def test_a_closed_link_is_told_at_once(link: tuple[Inbound, Outbound]) -> None:
     inbound, outbound = link
     outbound.close()
     with pytest.raises(LinkClosed, match="previous device in the ring is gone"):
-        inbound.receive(Frame(micro_batch=1, hidden_size=HIDDEN))
+        inbound.receive(Frame(FrameShape(1, HIDDEN, VISITS)))
 
 
 @pytest.mark.parametrize(
-    "payload",
+    ("payload", "reason"),
     [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * HEADER.size,
-        b"\x00" * HEADER.size,
-        HEADER.pack(b"SHOA", 1, 4, 0, 7, 0, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 4, 0, ENGINE, 0, 2, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 4, 200, ENGINE, 0, 1, HIDDEN * 4) + b"\x00" * HIDDEN * 4,
-        HEADER.pack(b"SHOA", 1, 1, 0, ENGINE, 0, 0, 0),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + b" " * HEADER.size, "no shoal worker"),
+        (b"\x00" * HEADER.size, "no shoal worker"),
+        (header(version=1), "the peer speaks ring protocol 1"),
+        (header(engine=7), "another engine"),
+        (header(num_tokens=2), f"2 tokens has {FRAME_BYTES} bytes"),
+        (header(num_tokens=0), "0 tokens in the ring"),
+        (header(num_records=VISITS + 1), "4 stages worked on a frame"),
+        (header(kind=FrameKind.HELLO), "a frame of kind 1"),
+        (header(payload_bytes=1 << 30), "announces 1073741824 bytes"),
     ],
-    ids=["http", "zeros", "other engine", "wrong size", "too many records", "late hello"],
+    ids=["http", "zeros", "version", "engine", "wrong size", "no tokens", "too many records", "late hello", "too large"],
 )
-def test_a_malformed_frame_closes_its_link(payload: bytes) -> None:
+def test_a_malformed_frame_closes_its_link(payload: bytes, reason: str) -> None:
     ours, theirs = socket.socketpair()
     inbound = Inbound(ours, ENGINE)
     theirs.sendall(payload)
-    with pytest.raises(RemoteProtocolError):
-        inbound.receive(Frame(micro_batch=4, hidden_size=HIDDEN))
+    with pytest.raises(RemoteProtocolError, match=reason):
+        inbound.receive(Frame(FrameShape(4, HIDDEN, VISITS)))
     assert ours.fileno() == -1
     theirs.close()
 

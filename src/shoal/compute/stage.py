@@ -122,10 +122,14 @@ class Stage:
 
     def embed(self, token_ids: Sequence[int]) -> FloatArray:
         """Hidden states [tokens, hidden size] that enter layer 0; a fresh array."""
-        assert self.embedding is not None, "only the head embeds"
         x_BD = np.empty((len(token_ids), self.model.shape.hidden_size), dtype=np.float32)
-        self.embedding.gather(token_ids, x_BD)
+        self.embed_into(token_ids, x_BD)
         return x_BD
+
+    def embed_into(self, token_ids: Sequence[int], x_BD: FloatArray) -> None:
+        """As `embed`, into the first rows of `x_BD`, which is contiguous."""
+        assert self.embedding is not None, "only the head embeds"
+        self.embedding.gather(token_ids, x_BD)
 
     def close(self) -> None:
         """Frees everything but the model file and the backend, which their owners close."""

@@ -170,16 +170,20 @@ class Conversation:
         times = _StepTimes(head)
         started_s = times.start()
 
+        is_cancelled = self._is_cancelled()
+
         def meanwhile() -> None:
+            nonlocal is_cancelled
             answer.show()
             times.read()
+            is_cancelled = self._is_cancelled()
 
         while True:
             token_id, ending = answer.choose(logits_V)
             reason: Reason | None = ending
             if reason is None and len(ids) + 1 >= self._context:
                 reason = "length"
-            if reason is None and self._is_cancelled():
+            if reason is None and is_cancelled:
                 reason = "cancelled"
             if reason is not None:
                 return answer.finish(reason, prefill_s=prefill_s, decode_s=time.perf_counter() - started_s, times=times)
@@ -244,6 +248,10 @@ class _Answer:
         self._num_reasoning = 0
         self._digest = hashlib.blake2b(digest_size=16) if request.digest else None
         self._stopped = False
+        limits = (len(request.forced_ids), request.max_tokens)
+        self._num_max = next((limit for limit in limits if limit), None)
+        ends = not request.ignore_end and not request.forced_ids
+        self._end_ids = texts.tokenizer.eog_ids if ends else frozenset()
         self._unread: int | None = None
         self._unshown: Delta | None = None
         self._logits_V: Logits | None = None
@@ -260,7 +268,7 @@ class _Answer:
         else:
             token_id = self._sampler.sample(logits_V, allowed=self._grammar.allowed())
         self._sampler.accept(token_id)
-        if token_id in self._tokenizer.eog_ids and not request.ignore_end and not request.forced_ids:
+        if token_id in self._end_ids:
             return token_id, "stop"
         self._ids.append(token_id)
         self._unread = token_id
@@ -274,8 +282,7 @@ class _Answer:
             self._read()
             if self._stopped:
                 return token_id, "stop"
-        limit = len(request.forced_ids) or request.max_tokens
-        return token_id, "length" if limit is not None and len(self._ids) >= limit else None
+        return token_id, "length" if self._num_max is not None and len(self._ids) >= self._num_max else None
 
     def _follow(self, logits_V: Logits) -> int:
         second, best = np.argpartition(logits_V, -2)[-2:]

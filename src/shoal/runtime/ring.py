@@ -16,7 +16,7 @@ from shoal.compute.stage import Stage
 from shoal.ids import EngineId
 from shoal.inference.batching import MicroBatch
 from shoal.transport.framing import StageTiming
-from shoal.transport.link import Frame, Inbound, Outbound
+from shoal.transport.link import Frame, FrameShape, Inbound, Outbound
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -98,8 +98,10 @@ class RingHead:
         self._threads = threads
         self._inbound = inbound
         self._outbound = outbound
-        self._received = Frame(micro_batch=stage.micro_batch, hidden_size=stage.model.shape.hidden_size)
+        self._received = Frame(frame_shape(stage, num_stages))
         self._next_frame = outbound.free_frame() if outbound is not None else self._received
+        self._next_position = -1
+        """Of the single token for which the next frame has its header already."""
         self._compute_s = 0.0
 
     @property
@@ -115,14 +117,22 @@ class RingHead:
         Returns:
             Logits [vocabulary], a view that the next call overwrites.
         """
-        set_threads(self.stage, self._threads, 1)
+        frame = self._next_frame
+        if position != self._next_position:
+            frame.begin(self._engine, position, 1)
         started_s = time.perf_counter()
-        x_BD = self.stage.embed((token_id,))
+        x_BD = frame.hidden_states
+        self.stage.embed_into((token_id,), x_BD)
         embed_s = time.perf_counter() - started_s
-        self._send(x_BD, position)
+        if self._outbound is not None:
+            self._next_frame = self._outbound.send(frame)
+        # From here on others compute: what need not be done before is done now.
         meanwhile()
         self._while_waiting()
+        set_threads(self.stage, self._threads, 1)
         if self._inbound is not None:
+            self._next_frame.begin(self._engine, position + 1, 1)
+            self._next_position = position + 1
             self._inbound.receive(self._received)
             x_BD = self._received.hidden_states
         started_s = time.perf_counter()
@@ -175,8 +185,12 @@ class RingHead:
         return logits_BV[-1] if logits_BV is not None and num_done == len(batches) else None
 
     def _send_batch(self, token_ids: Sequence[int], batch: MicroBatch) -> None:
-        if self._outbound is not None:
-            self._send(self.stage.embed(token_ids[batch.first : batch.stop]), batch.first)
+        if self._outbound is None:
+            return
+        self._next_position = -1
+        x_BD = self._next_frame.begin(self._engine, batch.first, batch.stop - batch.first)
+        self.stage.embed_into(token_ids[batch.first : batch.stop], x_BD)
+        self._next_frame = self._outbound.send(self._next_frame)
 
     def _finish_batch(self, token_ids: Sequence[int], batch: MicroBatch, num_outputs: int, wants_hidden: bool) -> FloatArray:
         set_threads(self.stage, self._threads, batch.stop - batch.first)
@@ -187,10 +201,10 @@ class RingHead:
             x_BD = self._received.hidden_states
         return self.stage.forward(x_BD, batch.first, num_outputs=num_outputs, wants_hidden=wants_hidden)
 
-    def _send(self, x_BD: FloatArray, position: int) -> None:
-        if self._outbound is not None:
-            self._next_frame.begin(self._engine, x_BD, position)
-            self._next_frame = self._outbound.send(self._next_frame)
+
+def frame_shape(stage: Stage, num_visits: int) -> FrameShape:
+    """Of all frames in a stage's ring."""
+    return FrameShape(stage.micro_batch, stage.model.shape.hidden_size, num_visits)
 
 
 def set_threads(stage: Stage, threads: ThreadCounts, num_tokens: int) -> None:

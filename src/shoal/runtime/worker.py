@@ -52,7 +52,7 @@ from shoal.runtime.messages import (
     encode,
 )
 from shoal.runtime.profile import ComputeProfile, own_bytes
-from shoal.runtime.ring import RingHead, RingStage, ThreadCounts
+from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
 from shoal.units import MIB
@@ -280,12 +280,7 @@ class Worker:
             sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
             inbound = accepting.result()
         self._listener.close()
-        outbound = Outbound(
-            sock,
-            micro_batch=self._stage.micro_batch,
-            hidden_size=self._model.shape.hidden_size,
-            frames_max=assigned.num_stages + 1,
-        )
+        outbound = Outbound(sock, frame_shape(self._stage, assigned.num_stages), frames_max=assigned.num_stages + 1)
         return inbound, outbound
 
     def _serve(self, assigned: AssignLayers, inbound: Inbound | None, outbound: Outbound | None) -> None:

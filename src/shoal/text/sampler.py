@@ -110,6 +110,8 @@ class Sampler:
             ValueError: an id of `logit_bias` or of the prompt is outside of the vocabulary.
         """
         self._parameters = parameters
+        self._has_penalties = parameters.has_penalties
+        self._only_likeliest = parameters.is_greedy and not parameters.has_penalties and not parameters.logit_bias
         self._vocab_size = vocab_size
         self._random = np.random.Generator(np.random.PCG64(_fold_seed(parameters.seed)))
         self._history = _History(parameters.penalty_last_n)
@@ -127,7 +129,7 @@ class Sampler:
         """
         if not 0 <= token_id < self._vocab_size:
             _check_ids((token_id,), self._vocab_size, "the answer")
-        if self._parameters.has_penalties:
+        if self._has_penalties:
             self._history.add(token_id, in_answer=True)
 
     def sample(self, logits_V: npt.NDArray[np.float32], *, allowed: npt.NDArray[np.bool_] | None = None) -> int:
@@ -146,16 +148,18 @@ class Sampler:
         """
         if logits_V.shape != (self._vocab_size,):
             raise ValueError(f"logits have shape {logits_V.shape}; expected ({self._vocab_size},)")
+        if self._only_likeliest and allowed is None:  # between two tokens, every call counts
+            return _choose_likeliest(logits_V)
         adjusted_V = self._adjust(logits_V, allowed)
         if self._parameters.is_greedy:
             return _choose_likeliest(adjusted_V)
         return self._draw(adjusted_V)
 
     def _adjust(self, logits_V: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
-        if allowed is None and not self._bias_ids.size and not self._parameters.has_penalties:
+        if allowed is None and not self._bias_ids.size and not self._has_penalties:
             return logits_V
         adjusted_V = logits_V.astype(np.float32, copy=True)
-        if self._parameters.has_penalties:
+        if self._has_penalties:
             self._penalise(adjusted_V)
         if self._bias_ids.size:
             adjusted_V[self._bias_ids] += self._biases
@@ -282,7 +286,7 @@ def _find_top(logits_V: npt.NDArray[np.float32], num: int) -> npt.NDArray[np.int
 
 
 def _choose_likeliest(logits_V: npt.NDArray[np.float32]) -> int:
-    token_id = int(np.argmax(logits_V))
+    token_id = int(logits_V.argmax())
     _check_peak(float(logits_V[token_id]))
     return token_id
 

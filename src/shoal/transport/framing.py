@@ -10,9 +10,10 @@
     20      4     number of tokens
     24      4     payload bytes
 
-little endian. A payload is the hidden states, [tokens, hidden size] float32, followed by one record per stage that has
-worked on them: the nanoseconds it computed, and the nanoseconds it held the frame. A hello's payload is the text of
-the sender's shoal version.
+little endian. A payload is the hidden states, [tokens, hidden size] float32, followed by room for one record per visit to
+a stage, of which those are filled that have been: the nanoseconds it computed, and the nanoseconds it held the frame. So a
+frame has one size all the way, and a receiver knows that of a single token's. A hello's payload is the text of the sender's
+shoal version.
 
 Every length is checked against a bound before memory is taken. Pure: bytes in, values out.
 """
@@ -27,11 +28,12 @@ from shoal.errors import LocalProtocolError, RemoteProtocolError
 from shoal.ids import EngineId
 
 MAGIC = b"SHOA"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEADER = struct.Struct("<4sHBBQIII")
 STAGE_RECORD = struct.Struct("<QQ")
-STAGES_MAX = 64
-"""Most stages in a ring; bounds the stage records of a frame."""
+VISITS_MAX = 255
+"""Most visits of a frame to stages: rounds times stages."""
+NUM_RECORDS_OFFSET = 7
 HELLO_BYTES_MAX = 256
 
 

@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from shoal.ids import EngineId
 from shoal.transport.framing import (
     HEADER,
     HELLO_BYTES_MAX,
+    NUM_RECORDS_OFFSET,
     STAGE_RECORD,
-    STAGES_MAX,
+    VISITS_MAX,
     FrameHeader,
     FrameKind,
     StageTiming,
@@ -39,20 +40,36 @@ _SENDER_END_S = 1.0
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
+class FrameShape(NamedTuple):
+    """What is the same for all frames of an engine: most tokens, their width, and how often a stage works on each."""
+
+    micro_batch: int
+    hidden_size: int
+    num_visits: int
+
+
 class Frame:
     """Room for the largest frame of an engine: header, hidden states and stage records in one buffer.
 
     A stage receives into a frame, computes, writes its output over its input, and sends the same frame on.
+
+    Between two tokens this is all the Python there is, and runs with cold caches: it keeps to few calls and objects.
     """
 
-    def __init__(self, *, micro_batch: int, hidden_size: int) -> None:
-        self.hidden_size = hidden_size
-        self.payload_bytes_max = micro_batch * hidden_size * 4 + STAGES_MAX * STAGE_RECORD.size
+    def __init__(self, shape: FrameShape) -> None:
+        micro_batch, hidden_size, self._num_visits = shape
+        if self._num_visits > VISITS_MAX:
+            raise ValueError(f"a token visits stages {self._num_visits} times; at most {VISITS_MAX} are allowed")
+        self._token_bytes = hidden_size * 4
+        self._record_bytes = self._num_visits * STAGE_RECORD.size
+        self.payload_bytes_max = micro_batch * self._token_bytes + self._record_bytes
+        self.num_bytes_min = HEADER.size + self._token_bytes + self._record_bytes
         memory = np.zeros(HEADER.size + self.payload_bytes_max, dtype=np.uint8)
         self.buffer = memoryview(memory)  # type: ignore[arg-type]  # numpy arrays export buffers
-        states = memory[HEADER.size : HEADER.size + micro_batch * hidden_size * 4]
+        states = memory[HEADER.size : HEADER.size + micro_batch * self._token_bytes]
         self._states_BD: FloatArray = states.view(np.float32).reshape(micro_batch, hidden_size)
         self.header = FrameHeader(FrameKind.FORWARD, 0, EngineId(0), 0, 0, 0)
+        self.num_bytes = self.num_bytes_min
 
     @property
     def hidden_states(self) -> FloatArray:
@@ -60,43 +77,42 @@ class Frame:
         return self._states_BD[: self.header.num_tokens]
 
     @property
-    def num_bytes(self) -> int:
-        return HEADER.size + self.header.payload_bytes
-
-    @property
     def timings(self) -> list[StageTiming]:
         """What the stages before spent on this frame, in ring order."""
-        offset = HEADER.size + self.header.num_tokens * self.hidden_size * 4
-        records = STAGE_RECORD.iter_unpack(self.buffer[offset : self.num_bytes])
+        offset = self.num_bytes - self._record_bytes
+        stop = offset + self.buffer[NUM_RECORDS_OFFSET] * STAGE_RECORD.size
+        records = STAGE_RECORD.iter_unpack(self.buffer[offset:stop])
         return [StageTiming(compute_ns * 1e-9, held_ns * 1e-9) for compute_ns, held_ns in records]
 
-    def begin(self, engine: EngineId, x_BD: FloatArray, position: int) -> None:
-        """Makes this the frame of a micro-batch that starts its way round the ring."""
-        self._write_header(FrameHeader(FrameKind.FORWARD, 0, engine, position, len(x_BD), x_BD.nbytes))
-        self.hidden_states[...] = x_BD
+    def begin(self, engine: EngineId, position: int, num_tokens: int) -> FloatArray:
+        """Makes this the frame of a micro-batch that starts its way round the ring; returns its hidden states to fill in."""
+        payload_bytes = num_tokens * self._token_bytes + self._record_bytes
+        self.header = FrameHeader(FrameKind.FORWARD, 0, engine, position, num_tokens, payload_bytes)
+        self.num_bytes = HEADER.size + payload_bytes
+        pack_header(self.buffer, self.header)
+        return self._states_BD[:num_tokens]
 
     def continue_with(self, x_BD: FloatArray, *, compute_ns: int, held_ns: int) -> None:
         """Replaces the hidden states by a stage's output, and adds what it spent."""
-        kind, num_records, engine, position, num_tokens, payload_bytes = self.header
-        self._states_BD[:num_tokens] = x_BD
-        STAGE_RECORD.pack_into(self.buffer, HEADER.size + payload_bytes, compute_ns, held_ns)
-        payload_bytes += STAGE_RECORD.size
-        self._write_header(FrameHeader(kind, num_records + 1, engine, position, num_tokens, payload_bytes))
-
-    def _write_header(self, header: FrameHeader) -> None:
-        self.header = header
-        pack_header(self.buffer, header)
+        num_records = self.buffer[NUM_RECORDS_OFFSET]
+        self._states_BD[: self.header.num_tokens] = x_BD
+        offset = self.num_bytes - self._record_bytes + num_records * STAGE_RECORD.size
+        STAGE_RECORD.pack_into(self.buffer, offset, compute_ns, held_ns)
+        self.buffer[NUM_RECORDS_OFFSET] = num_records + 1
 
     def read_header(self, engine: EngineId) -> None:
         """Takes the header from the buffer. Raises RemoteProtocolError unless it fits this engine and itself."""
         self.header = header = unpack_header(self.buffer, payload_bytes_max=self.payload_bytes_max)
         kind, num_records, of_engine, _, num_tokens, payload_bytes = header
+        self.num_bytes = HEADER.size + payload_bytes
         if of_engine != engine:
             raise RemoteProtocolError("a frame belongs to another engine")
         if kind != FrameKind.FORWARD or num_tokens == 0:
             raise RemoteProtocolError(f"a frame of kind {kind} with {num_tokens} tokens in the ring")
-        if num_records >= STAGES_MAX or num_tokens * self.hidden_size * 4 + num_records * STAGE_RECORD.size != payload_bytes:
+        if num_tokens * self._token_bytes + self._record_bytes != payload_bytes:
             raise RemoteProtocolError(f"a frame of {num_tokens} tokens has {payload_bytes} bytes")
+        if num_records > self._num_visits:
+            raise RemoteProtocolError(f"{num_records} stages worked on a frame, {self._num_visits} are all there are")
 
 
 class Inbound:
@@ -115,22 +131,19 @@ class Inbound:
             RemoteProtocolError: the frame is malformed; the link is closed.
         """
         # No frame is shorter than one token's, so one call reads a decode step whole and never into the next frame.
-        wanted = least = HEADER.size + frame.hidden_size * 4
-        received, is_read = 0, False
-        while received < wanted:
-            count = _receive_some(self._socket, frame.buffer[received:wanted])
-            received += count
-            if not is_read and received >= HEADER.size:
-                self._read_header(frame)
-                is_read, wanted = True, max(least, frame.num_bytes)
-        self.bytes_received += received
-
-    def _read_header(self, frame: Frame) -> None:
+        received = 0
+        wanted = frame.num_bytes_min
+        while received < HEADER.size:
+            received += _receive_some(self._socket, frame.buffer[received:wanted])
         try:
             frame.read_header(self._engine)
         except RemoteProtocolError:
             self.close()
             raise
+        wanted = frame.num_bytes
+        while received < wanted:
+            received += _receive_some(self._socket, frame.buffer[received:wanted])
+        self.bytes_received += received
 
     def close(self) -> None:
         _close(self._socket)
@@ -143,7 +156,7 @@ class Outbound:
         frames_max: most frames that may wait for the sender thread; `send` blocks beyond it.
     """
 
-    def __init__(self, sock: socket.socket, *, micro_batch: int, hidden_size: int, frames_max: int) -> None:
+    def __init__(self, sock: socket.socket, shape: FrameShape, *, frames_max: int) -> None:
         self._socket = sock
         self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
@@ -152,7 +165,7 @@ class Outbound:
         self._failure: LinkClosed | None = None
         self.bytes_sent = 0
         for _ in range(frames_max):
-            self._free.put(Frame(micro_batch=micro_batch, hidden_size=hidden_size))
+            self._free.put(Frame(shape))
         self._sender = threading.Thread(target=self._send_waiting, name="ring-sender", daemon=True)
         self._sender.start()
 
