@@ -62,7 +62,7 @@ class _HalfModel:
     def __init__(self) -> None:
         self._model = Model(smollm2())
         layers = LayerRange(0, self._model.shape.num_layers // 2)
-        self._stage = Stage(self._model, layers, Backend(num_threads=1), context=1024, micro_batch=1, head=False)
+        self._stage = Stage(self._model, [layers], Backend(num_threads=1), context=1024, micro_batch=1, head=False)
         self.frame = bytearray(8 + 4 * self._model.shape.hidden_size)
         self._x_BD = np.zeros((1, self._model.shape.hidden_size), dtype=np.float32)
 

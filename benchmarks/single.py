@@ -38,7 +38,7 @@ class Ours:
         self._model = Model(path)
         self._backend = Backend(num_threads=threads)
         layers = LayerRange(0, self._model.shape.num_layers)
-        self._stage = Stage(self._model, layers, self._backend, context=CONTEXT, micro_batch=PROMPT_TOKENS, head=True)
+        self._stage = Stage(self._model, [layers], self._backend, context=CONTEXT, micro_batch=PROMPT_TOKENS, head=True)
         rng = np.random.default_rng(0)
         self._ids = rng.integers(0, self._model.shape.vocab_size, CONTEXT).tolist()
 

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from shoal.cli.report import breakdown
-from shoal.ids import DeviceId, ModelHash
+from shoal.ids import DeviceId, LayerRange, ModelHash
 from shoal.runtime.messages import EngineDescription, Finished, StageDescription, StageTimes
 
 
@@ -15,8 +15,7 @@ def shown(*streamed_bytes: int) -> str:
     stages = [
         StageDescription(
             device=DeviceId(f"device-{index}"),
-            first=index,
-            stop=index + 1,
+            windows=[LayerRange(index, index + 1)],
             num_threads=1,
             memory_bytes=5_000_000,
             head=index == 0,

@@ -32,7 +32,7 @@ def logits(path: Path, *, micro_batch: int = 512, repack: bool = True, threads: 
     model, backend = Model(path), Backend(num_threads=threads)
     backend.is_host = is_host
     layers = LayerRange(0, model.shape.num_layers)
-    stage = Stage(model, layers, backend, context=256, micro_batch=micro_batch, head=True, repack=repack)
+    stage = Stage(model, [layers], backend, context=256, micro_batch=micro_batch, head=True, repack=repack)
     rows = []
     for first in range(0, len(IDS), micro_batch):
         batch = IDS[first : first + micro_batch]
@@ -104,7 +104,7 @@ def test_short_micro_batches_are_bit_equal_to_single_tokens(tiny_model: TinyMode
 
 def test_a_graph_is_built_once_per_shape(tiny_model: TinyModel) -> None:
     model, backend = Model(tiny_model("llama", "Q4_K")), Backend()
-    stage = Stage(model, LayerRange(0, 3), backend, context=2 * CELLS_STEP, head=True)
+    stage = Stage(model, [LayerRange(0, 3)], backend, context=2 * CELLS_STEP, head=True)
     size = stage.activation_bytes
     for position in range(CELLS_STEP + 3):
         stage.forward_tokens((position % 500,), position)
@@ -118,7 +118,7 @@ def test_a_graph_is_built_once_per_shape(tiny_model: TinyModel) -> None:
 
 def test_positions_beyond_the_context_are_refused(tiny_model: TinyModel) -> None:
     model, backend = Model(tiny_model("llama", "Q4_K")), Backend()
-    stage = Stage(model, LayerRange(0, 3), backend, context=300, head=True)
+    stage = Stage(model, [LayerRange(0, 3)], backend, context=300, head=True)
     stage.forward_tokens((1,), 299)
     with pytest.raises(ContextExceeded, match="301 tokens do not fit a context of 300: raise --context"):
         stage.forward_tokens((1,), 300)
@@ -131,7 +131,7 @@ def test_positions_beyond_the_context_are_refused(tiny_model: TinyModel) -> None
 
 def test_the_cache_is_f16_and_counted(tiny_model: TinyModel) -> None:
     model, backend = Model(tiny_model("llama", "Q4_K")), Backend()
-    stage = Stage(model, LayerRange(1, 3), backend, context=300)
+    stage = Stage(model, [LayerRange(1, 3)], backend, context=300)
     assert stage.cache_bytes == 2 * 512 * 2 * (128 + 128)  # layers x cells x bytes x widths of keys and values
     stage.close()
 

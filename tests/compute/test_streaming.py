@@ -24,10 +24,12 @@ IDS = np.random.default_rng(5).integers(0, 500, 40).tolist()
 
 
 @contextmanager
-def opened(path: Path, streaming: Streaming | None) -> Iterator[Stage]:
+def opened(path: Path, streaming: Streaming | None, *, windows: list[LayerRange] | None = None) -> Iterator[Stage]:
     model, backend = Model(path), Backend(num_threads=1)
     layers = LayerRange(0, model.shape.num_layers)
-    stage = Stage(model, layers, backend, context=64, micro_batch=16, head=True, repack=False, streaming=streaming)
+    stage = Stage(
+        model, windows or [layers], backend, context=64, micro_batch=16, head=True, repack=False, streaming=streaming
+    )
     try:
         yield stage
     finally:
@@ -45,7 +47,7 @@ def logits(stage: Stage) -> Any:
 
 def all_runs(path: Path) -> list[str]:
     model = Model(path)
-    names = matrix_names(model, LayerRange(0, model.shape.num_layers), head=True)
+    (names,) = matrix_names(model, [LayerRange(0, model.shape.num_layers)], head=True)
     runs = [run.name for name in names for run in row_runs(model.file.tensors[name])]
     model.close()
     return runs
@@ -95,7 +97,7 @@ def test_each_token_reads_the_streamed_bytes_once(tiny_model: TinyModel) -> None
 
 def test_runs_of_rows_cover_a_matrix(tiny_model: TinyModel) -> None:
     model = Model(tiny_model("llama", "Q4_0"))
-    for name in matrix_names(model, LayerRange(0, model.shape.num_layers), head=True):
+    for name in matrix_names(model, [LayerRange(0, model.shape.num_layers)], head=True)[0]:
         info = model.file.tensors[name]
         runs = row_runs(info)
         assert runs[0].offset == info.offset

@@ -44,7 +44,7 @@ def check(facts: Facts, max_tokens: int) -> None:
     assert len(facts.workload["token_ids"]) == max_tokens
     stages = facts.workload["stages"]
     assert {stage["device"] for stage in stages} == {"mac-m1", "laptop", "desktop", "phone"}
-    assert sum(stage["layers"][1] - stage["layers"][0] for stage in stages) == 30
+    assert sum(stop - first for stage in stages for first, stop in stage["layers"]) == 30
     # A token goes once round the ring: four hops over the access point, each as long as both its links.
     round_s = sum(2 * link.delay_ms * 1e-3 for link in facts.links if link.target == "wifi")
     assert 1 / facts.workload["tokens_per_s"] >= round_s

@@ -42,7 +42,7 @@ def forced_logits(path: Path, ids: Sequence[int]) -> npt.NDArray[np.float32]:
     """Our logits at each step of a text that is given, [len(ids), vocab_size]."""
     model, backend = Model(path), Backend(num_threads=1)
     layers = LayerRange(0, model.shape.num_layers)
-    stage = Stage(model, layers, backend, context=256, micro_batch=64, head=True)
+    stage = Stage(model, [layers], backend, context=256, micro_batch=64, head=True)
     try:
         rows = [stage.forward_tokens(PROMPT, 0)[-1].copy()]
         for position, token_id in enumerate(ids[:-1], len(PROMPT)):

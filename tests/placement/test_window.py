@@ -20,7 +20,7 @@ def loads(count: int, *, num_bytes: int = 25 * MB, compute_s: float = 0.02) -> l
 
 
 def test_what_fits_stays() -> None:
-    residency = choose_residency(loads(10), available_bytes=250 * MB, read_bytes_per_s=1e9)
+    residency = choose_residency([loads(10)], available_bytes=250 * MB, read_bytes_per_s=1e9)
     assert residency.streamed == ()
     assert residency.ring_bytes == 0
     assert residency.token_s == pytest.approx(0.2)
@@ -28,7 +28,7 @@ def test_what_fits_stays() -> None:
 
 def test_streamed_bytes_are_what_does_not_fit_and_the_ring() -> None:
     tensors = loads(60, num_bytes=8 * MB, compute_s=0.001)
-    residency = choose_residency(tensors, available_bytes=400 * MB, read_bytes_per_s=600e6)
+    residency = choose_residency([tensors], available_bytes=400 * MB, read_bytes_per_s=600e6)
     assert residency.streamed_bytes >= 480 * MB - (400 * MB - residency.ring_bytes)
     assert residency.streamed_bytes < 480 * MB - (400 * MB - residency.ring_bytes) + 8 * MB
     # The disk is the bound: what cannot stay, at its rate; the ring's share comes on top.
@@ -36,12 +36,12 @@ def test_streamed_bytes_are_what_does_not_fit_and_the_ring() -> None:
 
 
 def test_a_fast_disk_hides_behind_computing() -> None:
-    residency = choose_residency(loads(60), available_bytes=750 * MB, read_bytes_per_s=2e9)
+    residency = choose_residency([loads(60)], available_bytes=750 * MB, read_bytes_per_s=2e9)
     assert residency.token_s <= 60 * 0.02 * 1.05
 
 
 def test_streamed_tensors_are_spread_among_the_others() -> None:
-    residency = choose_residency(loads(64), available_bytes=32 * 25 * MB, read_bytes_per_s=2e9)
+    residency = choose_residency([loads(64)], available_bytes=32 * 25 * MB, read_bytes_per_s=2e9)
     indices = [int(name.split()[1]) for name in residency.streamed]
     gaps = {later - earlier for earlier, later in itertools.pairwise(indices)}
     assert gaps <= {1, 2}
@@ -49,17 +49,17 @@ def test_streamed_tensors_are_spread_among_the_others() -> None:
 
 def test_too_little_memory_says_what_is_missing() -> None:
     with pytest.raises(InfeasiblePlacement, match=r"one tensor alone takes 25.*raise --memory by 15"):
-        choose_residency(loads(4), available_bytes=10 * MB, read_bytes_per_s=1e9)
+        choose_residency([loads(4)], available_bytes=10 * MB, read_bytes_per_s=1e9)
 
 
 def test_the_recurrence_by_hand() -> None:
     tensors = loads(2, num_bytes=100, compute_s=1.0)
     # One slot: nothing is read while the slot is in use, so reading (2 s) and computing (1 s) take turns.
-    assert token_time_s(tensors, {"layer 0", "layer 1"}, ring_bytes=100, read_bytes_per_s=50) == pytest.approx(6.0)
+    assert token_time_s([tensors], {"layer 0", "layer 1"}, ring_bytes=100, read_bytes_per_s=50) == pytest.approx(6.0)
     # Two slots: the disk never rests.
-    assert token_time_s(tensors, {"layer 0", "layer 1"}, ring_bytes=200, read_bytes_per_s=50) == pytest.approx(4.0)
+    assert token_time_s([tensors], {"layer 0", "layer 1"}, ring_bytes=200, read_bytes_per_s=50) == pytest.approx(4.0)
     # Waiting for others hides as much reading as the ring holds.
-    assert token_time_s(tensors, {"layer 0", "layer 1"}, ring_bytes=200, read_bytes_per_s=50, idle_s=10) == pytest.approx(
+    assert token_time_s([tensors], {"layer 0", "layer 1"}, ring_bytes=200, read_bytes_per_s=50, idle_s=10) == pytest.approx(
         12.0
     )
 
@@ -74,7 +74,7 @@ def test_the_choice_fits_and_is_no_better_than_the_bound(
     sizes: list[int], available: int, rate: float, idle_s: float
 ) -> None:
     tensors = [TensorLoad(f"t{index}", size, size / 100) for index, size in enumerate(sizes)]
-    residency = choose_residency(tensors, available_bytes=available, read_bytes_per_s=rate, idle_s=idle_s)
+    residency = choose_residency([tensors], available_bytes=available, read_bytes_per_s=rate, idle_s=idle_s)
     streamed = set(residency.streamed)
     resident_bytes = sum(t.num_bytes for t in tensors if t.name not in streamed)
     assert resident_bytes + residency.ring_bytes <= available

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shoal.compute.backend import Backend
-from shoal.compute.model import Model
+from shoal.compute.model import Model, matrix_names
 from shoal.compute.stage import Stage
+from shoal.compute.streaming import Streaming, row_runs
 from shoal.errors import LinkError
 from shoal.ids import EngineId, LayerRange
+from shoal.placement.contiguous import cut_windows
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
 
@@ -20,36 +22,58 @@ ENGINE = EngineId(99)
 
 @contextmanager
 def ring(
-    path: Path, counts: list[int], *, threads: int = 1, context: int = 1024, micro_batch: int = 512, repack: bool = True
+    path: Path,
+    counts: list[int],
+    *,
+    rounds: int = 1,
+    threads: int = 1,
+    context: int = 1024,
+    micro_batch: int = 512,
+    repack: bool = True,
+    streaming: Callable[[list[str]], Streaming] | None = None,
 ) -> Iterator[RingHead]:
-    """A ring whose stages hold `counts` layers, in ring order; the last is the head."""
+    """A ring whose stages hold `counts` layers, in ring order; the last is the head.
+
+    Args:
+        streaming: what a stage streams, by the names of all runs of rows that it has.
+    """
     model = Model(path)
-    stages, first = [], 0
-    for index, count in enumerate(counts):
+    stages = []
+    for index, windows in enumerate(cut_windows(counts, rounds)):
         stages.append(
             Stage(
                 model,
-                LayerRange(first, first + count),
+                windows,
                 Backend(num_threads=threads),
                 context=context,
                 micro_batch=micro_batch,
                 head=index == len(counts) - 1,
                 repack=repack,
+                streaming=streaming and streaming(_run_names(model, windows, is_head=index == len(counts) - 1)),
             )
         )
-        first += count
     links = _connect(stages) if len(stages) > 1 else [(None, None)]
     running = []
     thread_counts = ThreadCounts(threads, threads)
     for stage, (inbound, outbound) in zip(stages[:-1], links[:-1], strict=True):
         assert inbound is not None
         assert outbound is not None
-        serving = threading.Thread(target=_serve, args=(RingStage(stage, inbound, outbound, thread_counts),))
+        serving = threading.Thread(
+            target=_serve, args=(RingStage(stage, inbound, outbound, thread_counts, num_stages=len(stages)),)
+        )
         serving.start()
         running.append(serving)
     inbound, outbound = links[-1]
     try:
-        yield RingHead(stages[-1], ENGINE, thread_counts, num_stages=len(stages), inbound=inbound, outbound=outbound)
+        yield RingHead(
+            stages[-1],
+            ENGINE,
+            thread_counts,
+            num_stages=len(stages),
+            holds_windows=all(stage.holds_windows for stage in stages),
+            inbound=inbound,
+            outbound=outbound,
+        )
     finally:
         for ends in links:
             for end in ends:
@@ -61,6 +85,11 @@ def ring(
             stage.close()
             stage.backend.close()
         model.close()
+
+
+def _run_names(model: Model, windows: Sequence[LayerRange], *, is_head: bool) -> list[str]:
+    names = matrix_names(model, windows, head=is_head)
+    return [run.name for of_window in names for name in of_window for run in row_runs(model.file.tensors[name])]
 
 
 def _serve(stage: RingStage) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from shoal.cli.run import Answer
 from shoal.lab.random_model import write_random_model
 from shoal.lab.shapes import SHAPES
 from shoal.runtime.messages import EngineOptions
 from tests.runtime.cluster import cluster, request
 
+LAYER_BYTES = 4 * 512 * (2 * 256 + 2 * 128 + 3 * 1536)
+"""Matrices of one layer."""
 OPTIONS = EngineOptions(num_threads=1, repack=False, context=256, micro_batch=128)
 
 
@@ -40,3 +44,38 @@ def test_a_model_larger_than_memory_answers_the_same(model: Path, num_devices: i
     assert len(streamed) == num_devices
     assert sum(streamed) > 10e6
     assert (tight_ids, tight_bits) == (roomy_ids, roomy_bits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "streams"),
+    [
+        ({"rounds": 4}, False),
+        ({"residency": "mmap", "rounds": 2}, False),
+        ({"residency": "window", "window_layers": 2}, True),
+        ({"residency": "window", "window_layers": 1, "rounds": 4}, True),
+    ],
+)
+def test_every_residency_gives_the_same_answer(model: Path, options: dict[str, Any], streams: bool) -> None:
+    async def answer(num_devices: int, wanted: EngineOptions) -> Answer:
+        async with cluster(num_devices, model.parent) as devices:
+            return await devices.ask(request(model, tokens=8, options=wanted, digest=True))
+
+    plain = asyncio.run(answer(1, OPTIONS))
+    other = asyncio.run(answer(2, msgspec.structs.replace(OPTIONS, **options)))
+    assert other.finished.logits_digest == plain.finished.logits_digest
+    assert all(len(stage.windows) == options.get("rounds", 1) for stage in other.engine.stages)
+    streamed = sum(stage.streamed_bytes for stage in other.engine.stages)
+    assert streamed >= 8 * LAYER_BYTES if streams else streamed == 0
+
+
+@pytest.mark.slow
+def test_memory_for_a_window_is_two_layers_and_no_more(model: Path) -> None:
+    async def held() -> list[int]:
+        async with cluster(1, model.parent) as devices:
+            wanted = msgspec.structs.replace(OPTIONS, residency="window", window_layers=2)
+            answer = await devices.ask(request(model, tokens=2, options=wanted))
+            return [stage.memory_bytes for stage in answer.engine.stages]
+
+    (memory_bytes,) = asyncio.run(held())
+    assert 2 * LAYER_BYTES < memory_bytes < 2 * LAYER_BYTES + 8e6

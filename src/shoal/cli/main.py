@@ -32,6 +32,17 @@ Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threa
 Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal status` lists them.")]
 Name = Annotated[str | None, typer.Option(help="This device's name; the host's if not given.")]
 AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to ask; {DEFAULT_AGENT} if one runs there.")]
+Rounds = Annotated[
+    int | None, typer.Option(min=1, max=255, help="How often a token goes round the devices; planned if not given.")
+]
+ResidencyText = Annotated[
+    str,
+    typer.Option(
+        "--residency",
+        help="Weights in memory: auto keeps what fits and streams the rest; mmap leaves it to the system; window=N layers.",
+        metavar="MODE",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -88,6 +99,8 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for more.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
+    rounds: Rounds = None,
+    residency: ResidencyText = "auto",
     repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say who holds what, and where time went.")] = False,
     json: Json = False,
@@ -99,6 +112,7 @@ def run(
 
     # Checked here as well, so that a mistake is one line and not a failed start of another process.
     agent_options("127.0.0.1:0", peer or [], models or [], memory, threads, device, None)
+    residency_mode, window_layers = verb.parse_residency(residency)
     verb.run(
         model,
         prompt,
@@ -111,6 +125,9 @@ def run(
                 num_threads=threads,
                 compute_device=device,
                 repack=repack,
+                rounds=rounds,
+                residency=residency_mode,
+                window_layers=window_layers,
             ),
             sampling=Sampling(
                 temperature=temperature,
@@ -158,6 +175,8 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
     ] = None,
+    rounds: Rounds = None,
+    residency: ResidencyText = "auto",
     repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
     keep_alive: Annotated[
         float | None,
@@ -177,12 +196,13 @@ def serve(
 ) -> None:
     """Serve models to any program written for OpenAI's API. Ctrl-C leaves."""
     from shoal.cli import serve as verb
-    from shoal.cli.run import parse_counts
+    from shoal.cli.run import parse_counts, parse_residency
     from shoal.cli.up import agent_options
     from shoal.runtime.channel import split_address
     from shoal.runtime.messages import EngineOptions
 
     host, port = split_address(listen, default_port=verb.DEFAULT_PORT)
+    residency_mode, window_layers = parse_residency(residency)
     own_agent = agent_listen or peer or models or memory or name
     verb.serve(
         verb.Settings(
@@ -197,6 +217,9 @@ def serve(
                 num_threads=threads,
                 compute_device=device,
                 repack=repack,
+                rounds=rounds,
+                residency=residency_mode,
+                window_layers=window_layers,
             ),
             api_keys=api_key or [],
             hosts=allow_host or [],

@@ -17,12 +17,19 @@ def tokens_per_s(finished: Finished) -> float:
 
 
 def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[str, Any]:
-    """One JSON object: `devices, layers, prompt_tokens, tokens, token_ids, text, tokens_per_s, stages` and more."""
+    """One JSON object: `devices, layers, prompt_tokens, tokens, token_ids, text, tokens_per_s, stages` and more.
+
+    `layers` are the windows [first, stop) that a token passes, in order: one per device and round.
+    """
     times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
     return {
         "model": engine.model,
         "devices": [stage.device for stage in engine.stages],
-        "layers": [[stage.first, stage.stop] for stage in engine.stages],
+        "layers": [
+            [window.first, window.stop]
+            for of_round in zip(*(stage.windows for stage in engine.stages), strict=True)
+            for window in of_round
+        ],
         "prompt_tokens": finished.prompt_tokens,
         "cached_tokens": finished.cached_tokens,
         "tokens": len(finished.token_ids),
@@ -34,7 +41,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
         "stages": [
             {
                 "device": stage.device,
-                "layers": [stage.first, stage.stop],
+                "layers": [[window.first, window.stop] for window in stage.windows],
                 "threads": stage.num_threads,
                 "memory_bytes": stage.memory_bytes,
                 "streamed_bytes": stage.streamed_bytes,
@@ -65,7 +72,7 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
     )  # fmt: skip
     times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
     for stage, time in zip(engine.stages, times, strict=True):
-        layers = f"{stage.first}-{stage.stop - 1}" if stage.stop > stage.first else "none"
+        layers = ", ".join(str(window) for window in stage.windows)
         table.add_row(
             f"{stage.device} (head)" if stage.head else stage.device,
             layers,

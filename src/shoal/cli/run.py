@@ -30,6 +30,7 @@ from shoal.runtime.messages import (
     Finished,
     Generate,
     Progress,
+    ResidencyMode,
     Sampling,
 )
 
@@ -69,6 +70,16 @@ def parse_counts(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers {text}: write whole numbers with commas between, such as 10,10,10") from None
+
+
+def parse_residency(text: str) -> tuple[ResidencyMode, int]:
+    """'window=2' -> ('window', 2). Raises ValueError."""
+    if text in ("auto", "mmap"):
+        return ("auto" if text == "auto" else "mmap"), 0
+    kind, _, layers = text.partition("=")
+    if kind != "window" or not layers.isdecimal() or not int(layers):
+        raise ValueError(f"--residency {text}: allowed are auto, mmap and window=LAYERS, such as window=2")
+    return "window", int(layers)
 
 
 def run(model: str, prompt: str | None, settings: Settings) -> None:

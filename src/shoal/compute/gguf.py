@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from shoal.compute.page_cache import Extent, keep_resident, missing_bytes
+from shoal.compute.page_cache import Extent, keep_resident, missing_bytes, will_need
 from shoal.errors import BadModelFile, ModelNotFound, UnsupportedModel
 
 HEADER_BYTES_MAX = 256 << 20
@@ -169,6 +169,11 @@ class GGUFFile:
                 keep_resident(part.path, part.open_map, extents)
             except OSError as error:
                 raise BadModelFile(f"{part.path} cannot be read: {error.strerror or error}") from error
+
+    def will_need(self, infos: Iterable[TensorInfo]) -> None:
+        """Asks for these tensors to be read soon. May wait for the disk."""
+        for part, extents in zip(self._parts, self._extents(infos), strict=True):
+            will_need(part.open_map, extents)
 
     def missing_bytes(self, infos: Iterable[TensorInfo]) -> int:
         """How much of these tensors is not in memory; 0 where the system does not say."""

@@ -154,10 +154,15 @@ class EmbeddingTable:
             target += target_bytes
 
 
-def matrix_names(model: Model, layers: LayerRange, *, head: bool) -> list[str]:
-    """The matrices that a stage multiplies with, in the order in which it does."""
-    names = [f"blk.{i}.{name}" for i in range(layers.first, layers.stop) for name in model.architecture.matrices]
-    return [*names, model.output_name] if head else names
+def matrix_names(model: Model, windows: Sequence[LayerRange], *, head: bool) -> list[list[str]]:
+    """The matrices that a stage multiplies with, window by window, in the order in which it does."""
+    names = [
+        [f"blk.{layer}.{name}" for layer in range(window.first, window.stop) for name in model.architecture.matrices]
+        for window in windows
+    ]
+    if head:
+        names[-1].append(model.output_name)
+    return names
 
 
 def describe(shape: Hyperparameters) -> str:

@@ -75,6 +75,16 @@ def missing_bytes(mapped: mmap.mmap, wanted: Iterable[Extent]) -> int:
     return num_missing * mmap.PAGESIZE
 
 
+def will_need(mapped: mmap.mmap, wanted: Iterable[Extent]) -> None:
+    """Asks for pages to be read soon, where the system takes such hints. May wait for the disk; other threads go on."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    address = np.frombuffer(mapped, np.uint8).ctypes.data
+    madvise = ctypes.CDLL(None).madvise  # `mapped.madvise` would keep Python's lock meanwhile
+    for first, stop in _whole_pages(wanted, num_bytes=len(mapped)):
+        madvise(ctypes.c_void_p(address + first), ctypes.c_size_t(stop - first), ctypes.c_int(mmap.MADV_WILLNEED))
+
+
 def _populate(mapped: mmap.mmap, extent: Extent) -> None:
     """Maps pages, which also tells the system that they are used."""
     first, stop = extent

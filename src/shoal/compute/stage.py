@@ -1,4 +1,6 @@
-"""Some consecutive layers of a model on one device, with their part of the KV cache: what one hop of the ring computes.
+"""Some layers of a model on one device, with their part of the KV cache: what one hop of the ring computes.
+
+A stage has a window of consecutive layers for each round of the ring, one in most rings; `forward` computes one.
 
 A graph is built once per shape (tokens in the micro-batch, cells of the cache in view, outputs wanted) and kept; every
 further run of that shape only writes its inputs. All graphs share one buffer of activations, because only one runs
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from shoal.compute import ggml
 from shoal.compute.backend import Backend, TensorPort
 from shoal.compute.model import EmbeddingTable, Model, matrix_names
 from shoal.compute.models.transformer import LayerTensors, MicroBatch, multiply
+from shoal.compute.prefetch import Prefetch
 from shoal.compute.streaming import StreamedTensors, Streaming, row_runs
 from shoal.compute.weights import Weights
 from shoal.errors import ContextExceeded
@@ -28,27 +31,29 @@ FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
 CELLS_STEP = 256
 """The KV cache is read in steps of this many cells, so that 256 decode steps share one graph. llama.cpp's figure."""
-_GRAPHS_MAX = 24
+_GRAPHS_PER_WINDOW_MAX = 24
 _NODES_PER_LAYER_MAX = 48
 _SEGMENT_BYTES_MIN = 1024 * 1024
 """Streamed tensors smaller than this are waited for, used and forgotten together: each time costs some 20 us."""
 
 
 class Stage:
-    """Layers `layers` of `model`, ready to compute.
+    """Layers of `model`, ready to compute.
 
     Args:
+        windows: of consecutive layers, in order, one per round; only a head's may be empty.
         context: tokens that the KV cache holds, at least 1.
         micro_batch: most tokens in one call of `forward`.
-        head: whether this device also embeds tokens and computes logits; then `layers` end with the model's last.
+        head: whether this device also embeds tokens and computes logits; then its windows end with the model's last layer.
         repack: copy matrices into the device's faster order where it has one; a stage that streams does without.
         streaming: what is read from disk each time it is needed; None keeps everything in memory.
+        prefetch: ask the system for the next window's weights when one is done (`compute/prefetch.py`).
     """
 
     def __init__(
         self,
         model: Model,
-        layers: LayerRange,
+        windows: Sequence[LayerRange],
         backend: Backend,
         *,
         context: int,
@@ -56,23 +61,29 @@ class Stage:
         head: bool = False,
         repack: bool = True,
         streaming: Streaming | None = None,
+        prefetch: bool = False,
     ) -> None:
-        if head and layers.stop != model.shape.num_layers:
-            raise ValueError(f"the head holds the last layers, not {layers} of {model.shape.num_layers}")
+        if head and windows[-1].stop != model.shape.num_layers:
+            raise ValueError(f"the head holds the last layers, not {windows[-1]} of {model.shape.num_layers}")
         self.model = model
-        self.layers = layers
+        self.windows = tuple(windows)
+        self.layers = [layer for window in windows for layer in range(window.first, window.stop)]
         self.backend = backend
         self.is_head = head
         self.context = context
         self.micro_batch = min(micro_batch, context)
         self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
         self.embedding = EmbeddingTable(model) if head else None
-        self._rope_name = model.rope_factor_name(context=context) if len(layers) else None
+        self._rope_name = model.rope_factor_name(context=context) if self.layers else None
         self._repack = repack
         self._place(streaming)
-        self._cache = _KeyValueCache(model, len(layers), self._num_cells_max, backend)
-        self._layer_tensors = [self._tensors_of(index) for index in range(len(layers))]
-        self._graphs: OrderedDict[tuple[int, int, int, bool], _StageGraph] = OrderedDict()
+        self._prefetch: Prefetch | None = None
+        if prefetch:
+            tensors, by_window = model.file.tensors, matrix_names(model, self.windows, head=head)
+            self._prefetch = Prefetch(model.file, [[tensors[name] for name in names] for names in by_window])
+        self._cache = _KeyValueCache(model, len(self.layers), self._num_cells_max, backend)
+        self._layer_tensors = self._tensors_of_layers()
+        self._graphs: OrderedDict[_GraphShape, _StageGraph] = OrderedDict()
         self._allocator = L.ggml_gallocr_new(backend.default_buffer_type)
         self._reserve()
 
@@ -90,19 +101,28 @@ class Stage:
         return int(L.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
     def forward(
-        self, x_BD: FloatArray, position: int, *, num_outputs: int | None = None, wants_hidden: bool = False
+        self,
+        x_BD: FloatArray,
+        position: int,
+        *,
+        window: int = 0,
+        more: bool = False,
+        num_outputs: int | None = None,
+        wants_hidden: bool = False,
     ) -> FloatArray:
-        """Computes one micro-batch.
+        """Computes one micro-batch in one window.
 
         Args:
-            x_BD: hidden states that enter the first layer, [tokens, hidden size], float32.
+            x_BD: hidden states that enter the window's first layer, [tokens, hidden size], float32.
             position: of the first token; all before it must have been computed.
-            num_outputs: the head returns logits of that many last tokens; other stages always return all.
+            window: index of the window.
+            more: the same window comes next again, so what was streamed for it stays where `holds_windows`.
+            num_outputs: the head's last window returns logits of that many last tokens; others always return all.
             wants_hidden: the head stops before the output projection, as embeddings want it.
 
         Returns:
-            Hidden states [tokens, hidden size], or on the head logits [num_outputs, vocabulary] (normalised hidden
-            states [num_outputs, hidden size] with `wants_hidden`): a view that the next call overwrites.
+            Hidden states [tokens, hidden size], or from the head's last window logits [num_outputs, vocabulary] (normalised
+            hidden states [num_outputs, hidden size] with `wants_hidden`): a view that the next call overwrites.
 
         Raises:
             ContextExceeded: position + tokens is beyond the cache.
@@ -112,9 +132,27 @@ class Stage:
             raise ValueError(f"{num_tokens} tokens in a micro-batch: 1 to {self.micro_batch} are allowed")
         if position + num_tokens > self.context:
             raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
-        wanted = num_tokens if not self.is_head or num_outputs is None else num_outputs
-        graph = self._graph(num_tokens, _cells(position + num_tokens), wanted, wants_hidden)
-        return graph.run(self.backend, x_BD, position)
+        if not len(self.windows[window]) and not self._ends(window):
+            return x_BD
+        wanted = num_tokens if not self._ends(window) or num_outputs is None else num_outputs
+        shape = _GraphShape(num_tokens, _cells(position + num_tokens), wanted, wants_hidden, window)
+        output_BD = self._graph(shape).run(self.backend, x_BD, position, keep=more and self.holds_windows)
+        if self._prefetch is not None and not more:
+            self._prefetch.after(window)
+        return output_BD
+
+    @property
+    def holds_windows(self) -> bool:
+        """Whether what is streamed for any one window stays until it is used again, if it is asked to."""
+        if self.streamed is None:
+            return True
+        sizes = [[self.streamed.num_bytes(name) for name in names] for names in self._streamed_names]
+        # The ring's end may be passed over, by as much as the next piece takes.
+        return all(sum(of_window) + max(of_window, default=0) <= self.streamed.ring_bytes for of_window in sizes)
+
+    def _ends(self, window: int) -> bool:
+        """Whether the window turns hidden states into logits."""
+        return self.is_head and window == len(self.windows) - 1
 
     def forward_tokens(self, token_ids: Sequence[int], position: int, *, num_outputs: int = 1) -> FloatArray:
         """As `forward`, from token ids, for a head that holds every layer."""
@@ -133,6 +171,8 @@ class Stage:
 
     def close(self) -> None:
         """Frees everything but the model file and the backend, which their owners close."""
+        if self._prefetch is not None:
+            self._prefetch.close()
         self._drop_graphs()
         if self._allocator:
             L.ggml_gallocr_free(self._allocator)
@@ -144,18 +184,24 @@ class Stage:
 
     def _place(self, streaming: Streaming | None) -> None:
         """Gives every tensor its place: in memory, or in the ring in its turn."""
-        model, layers, backend, head = self.model, self.layers, self.backend, self.is_head
-        matrices = matrix_names(model, layers, head=head)
-        vectors = [name for i in range(layers.first, layers.stop) for name in model.layer_vectors(i)]
+        model, backend, head = self.model, self.backend, self.is_head
+        by_window = matrix_names(model, self.windows, head=head)
+        matrices = [name for names in by_window for name in names]
+        vectors = [name for layer in self.layers for name in model.layer_vectors(layer)]
         vectors += [self._rope_name] if self._rope_name else []
         vectors += ["output_norm.weight"] if head else []
         tensors = model.file.tensors
         runs = {name: [tensors[name]] if streaming is None else row_runs(tensors[name]) for name in matrices}
         in_order = [run for name in matrices for run in runs[name]]
         self.streamed: StreamedTensors | None = None
+        self._streamed_names: list[list[str]] = [[] for _ in by_window]
+        """What is streamed for each window, in order."""
         if streaming is not None:
             if not backend.is_host:
                 raise ValueError(f"device {backend.device_name} has memory of its own: only host devices stream weights")
+            self._streamed_names = [
+                [run.name for name in names for run in runs[name] if run.name in streaming.names] for names in by_window
+            ]
             turns = [run for run in in_order if run.name in streaming.names]
             self.streamed = StreamedTensors(model.file.part_paths, turns, streaming)
             in_order = [run for run in in_order if run.name not in streaming.names]
@@ -184,7 +230,7 @@ class Stage:
         if self.streamed is not None:
             self.streamed.close()
         self._place(streaming)
-        self._layer_tensors = [self._tensors_of(index) for index in range(len(self.layers))]
+        self._layer_tensors = self._tensors_of_layers()
 
     def missing_bytes(self) -> int:
         """Of the mapped weights that stay, how much the system has taken."""
@@ -195,47 +241,53 @@ class Stage:
             graph.close()
         self._graphs.clear()
 
-    def _tensors_of(self, index: int) -> LayerTensors:
-        prefix = f"blk.{self.layers.first + index}."
-        return LayerTensors(
-            matrices={name: self._matrices[prefix + name] for name in self.model.architecture.matrices},
-            vectors={name.removeprefix(prefix): t for name, t in self._vectors.items() if name.startswith(prefix)},
-            keys=self._cache.keys[index],
-            values=self._cache.values[index],
-            rope_factors=self._vectors[self._rope_name] if self._rope_name else None,
-        )
+    def _tensors_of_layers(self) -> dict[int, LayerTensors]:
+        found = {}
+        for index, layer in enumerate(self.layers):
+            prefix = f"blk.{layer}."
+            found[layer] = LayerTensors(
+                matrices={name: self._matrices[prefix + name] for name in self.model.architecture.matrices},
+                vectors={name.removeprefix(prefix): t for name, t in self._vectors.items() if name.startswith(prefix)},
+                keys=self._cache.keys[index],
+                values=self._cache.values[index],
+                rope_factors=self._vectors[self._rope_name] if self._rope_name else None,
+            )
+        return found
 
     def _reserve(self) -> None:
         """Takes the activation buffer for the largest micro-batch over the whole context, and checks the kernels."""
-        graph = _StageGraph(self, self.micro_batch, self._num_cells_max, self._outputs_max())
-        self.backend.require_support(graph.graph)
-        if not L.ggml_gallocr_reserve(self._allocator, graph.graph):
-            raise MemoryError(f"no memory on {self.backend.device_name} for activations of {self.micro_batch} tokens")
-        graph.close()
+        windows = range(len(self.windows))
+        shapes = [_GraphShape(self.micro_batch, self._num_cells_max, self._outputs_max(), False, index) for index in windows]
+        # The one with most nodes; the last one, with the output projection, of equals.
+        for shape in sorted(shapes, key=lambda shape: (len(self.windows[shape.window]), shape.window)):
+            graph = _StageGraph(self, shape)
+            self.backend.require_support(graph.graph)
+            if not L.ggml_gallocr_reserve(self._allocator, graph.graph):
+                raise MemoryError(f"no memory on {self.backend.device_name} for activations of {self.micro_batch} tokens")
+            graph.close()
 
     def _outputs_max(self) -> int:
         # Logits of a whole micro-batch are wanted only when scoring; decoding and prefill want one row. Room for more
         # is taken when it is asked for, and the graphs are then built anew.
         return 1 if self.is_head else self.micro_batch
 
-    def _graph(self, num_tokens: int, num_cells: int, num_outputs: int, wants_hidden: bool) -> _StageGraph:
-        key = (num_tokens, num_cells, num_outputs, wants_hidden)
-        graph = self._graphs.get(key)
+    def _graph(self, shape: _GraphShape) -> _StageGraph:
+        graph = self._graphs.get(shape)
         if graph is None:
-            while len(self._graphs) >= _GRAPHS_MAX:
+            while len(self._graphs) >= _GRAPHS_PER_WINDOW_MAX * len(self.windows):
                 self._graphs.popitem(last=False)[1].close()
-            graph = _StageGraph(self, *key)
+            graph = _StageGraph(self, shape)
             size_before = self.activation_bytes
             if not L.ggml_gallocr_alloc_graph(self._allocator, graph.graph):
-                raise MemoryError(f"no memory on {self.backend.device_name} for activations of {num_tokens} tokens")
+                raise MemoryError(f"no memory on {self.backend.device_name} for activations of {shape.num_tokens} tokens")
             if self.activation_bytes != size_before:
                 # The buffer moved: what older graphs point to is gone.
                 self._drop_graphs()
             graph.bind(is_host=self.backend.is_host)
             if self.streamed is not None:
-                graph.cut(self.streamed)
-            self._graphs[key] = graph
-        self._graphs.move_to_end(key)
+                graph.cut(self.streamed, self._streamed_names[shape.window])
+            self._graphs[shape] = graph
+        self._graphs.move_to_end(shape)
         return graph
 
 
@@ -279,21 +331,34 @@ class _KeyValueCache:
         self._memory = None
 
 
-class _StageGraph:
-    """The stage's layers, drawn for one shape of micro-batch."""
+class _GraphShape(NamedTuple):
+    """What a graph is drawn for."""
 
-    def __init__(self, stage: Stage, num_tokens: int, num_cells: int, num_outputs: int, wants_hidden: bool = False) -> None:
-        shape = stage.model.shape
+    num_tokens: int
+    num_cells: int
+    num_outputs: int
+    wants_hidden: bool
+    window: int
+
+
+class _StageGraph:
+    """One window's layers, drawn for one shape of micro-batch."""
+
+    def __init__(self, stage: Stage, shape: _GraphShape) -> None:
+        num_tokens, num_cells, num_outputs, wants_hidden, window = shape
+        hidden_size = stage.model.shape.hidden_size
+        num_layers = len(stage.windows[window])
         # A matrix in n runs takes n products and n - 1 concatenations.
-        num_nodes_max = _NODES_PER_LAYER_MAX * (len(stage.layers) + 1) + 2 * sum(map(len, stage._matrices.values()))
+        num_nodes_max = _NODES_PER_LAYER_MAX * (num_layers + 1) + 2 * sum(map(len, stage._matrices.values()))
         self._context = ggml.new_context(num_nodes_max, extra_bytes=L.ggml_graph_overhead_custom(num_nodes_max, False))
         self._segments_context: Any = None
         self._segments: list[_Segment] = []
+        self._first_name: str | None = None
         self.graph = L.ggml_new_graph_custom(self._context, num_nodes_max, False)
         self._num_tokens, self._num_cells, self._num_outputs = num_tokens, num_cells, num_outputs
-        self._x = self._input(L.GGML_TYPE_F32, shape.hidden_size, num_tokens)
+        self._x = self._input(L.GGML_TYPE_F32, hidden_size, num_tokens)
         self._batch: MicroBatch | None = None
-        if len(stage.layers):
+        if num_layers:
             self._batch = MicroBatch(
                 context=self._context,
                 graph=self.graph,
@@ -303,7 +368,7 @@ class _StageGraph:
                 rows_B=self._input(L.GGML_TYPE_I64, num_tokens),
                 mask_CB=self._input(L.GGML_TYPE_F16, num_cells, num_tokens),
             )
-        self._output = self._draw(stage, wants_hidden=wants_hidden)
+        self._output = self._draw(stage, window, wants_hidden=wants_hidden)
         if self._output is not None:
             L.ggml_set_output(self._output)
             L.ggml_build_forward_expand(self.graph, self._output)
@@ -315,15 +380,14 @@ class _StageGraph:
         L.ggml_set_input(tensor)
         return tensor
 
-    def _draw(self, stage: Stage, *, wants_hidden: bool) -> ggml.Tensor | None:
+    def _draw(self, stage: Stage, window: int, *, wants_hidden: bool) -> ggml.Tensor | None:
         shape, model = stage.model.shape, stage.model
-        x = self._x
-        for index, layer in enumerate(stage._layer_tensors):
-            is_last = stage.layers.first + index + 1 == shape.num_layers
-            num_outputs = self._num_outputs if is_last and stage.is_head else self._num_tokens
+        x, layers, ends = self._x, stage.windows[window], stage._ends(window)
+        for layer in range(layers.first, layers.stop):
+            num_outputs = self._num_outputs if ends and layer + 1 == layers.stop else self._num_tokens
             assert self._batch is not None
-            x = model.architecture.layer(shape, self._batch, layer, x, num_outputs)
-        if not stage.is_head or x is None:
+            x = model.architecture.layer(shape, self._batch, stage._layer_tensors[layer], x, num_outputs)
+        if not ends or x is None:
             return x
         if self._batch is None:
             stride = x.contents.nb[1]
@@ -354,8 +418,13 @@ class _StageGraph:
             shape = (self._num_outputs, int(self._output.contents.ne[0]))
             self._output_port = TensorPort(self._output, shape, np.float32, is_host=is_host)
 
-    def cut(self, streamed: StreamedTensors) -> None:
-        """Cuts the graph into segments, each of which needs streamed tensors that are there together."""
+    def cut(self, streamed: StreamedTensors, names: Sequence[str]) -> None:
+        """Cuts the graph into segments, each of which needs streamed tensors that are there together.
+
+        Args:
+            names: of all that are streamed for this window, in order.
+        """
+        self._streamed, self._first_name = streamed, names[0] if names else None
         by_address = {ctypes.addressof(tensor.contents): name for name, tensor in streamed.tensors.items()}
         nodes = [L.ggml_graph_node(self.graph, index) for index in range(L.ggml_graph_n_nodes(self.graph))]
         uses: dict[str, int] = {}
@@ -368,7 +437,7 @@ class _StageGraph:
         # What this graph leaves out, because nobody wants its output, is passed over in its turn.
         groups: list[list[str]] = [[]]
         group_bytes = 0
-        for name in streamed.names:
+        for name in names:
             num_bytes = streamed.num_bytes(name)
             if groups[-1] and (group_bytes >= _SEGMENT_BYTES_MIN or group_bytes + num_bytes > streamed.ring_bytes // 2):
                 groups.append([])
@@ -395,7 +464,8 @@ class _StageGraph:
             L.ggml_graph_add_node(graph, node)
         return graph
 
-    def run(self, backend: Backend, x_BD: FloatArray, position: int) -> FloatArray:
+    def run(self, backend: Backend, x_BD: FloatArray, position: int, *, keep: bool) -> FloatArray:
+        """With `keep`, what was streamed stays for the next run, which is of the same window."""
         if self._x_port is not None:
             self._x_port.write(x_BD)
         if self._batch is not None:
@@ -407,8 +477,10 @@ class _StageGraph:
                 self._mask_port.write(_causal_mask(positions, self._num_cells))
         if not self._segments:
             backend.compute(self.graph)
+        if self._first_name is not None:
+            self._streamed.seek(self._first_name)
         for segment in self._segments:
-            segment.run(backend)
+            segment.run(backend, keep=keep)
         if self._output is None:
             return np.empty((0, 0), dtype=np.float32)
         return self._output_port.read()
@@ -431,11 +503,13 @@ class _Segment:
         self._names = names
         self._graph = graph
 
-    def run(self, backend: Backend) -> None:
+    def run(self, backend: Backend, *, keep: bool) -> None:
         for name in self._names:
             self._streamed.acquire(name)
         if self._graph is not None:
             backend.compute(self._graph)
+        if keep:
+            return
         for name in self._names:
             self._streamed.release(name)
 

@@ -183,7 +183,7 @@ def measure_read_rate(path: Path, *, seconds: float = 0.15) -> float:
 
 def ring_bytes_min(model: Model) -> int:
     """The least memory through which any of a model's matrices can be streamed: one run is computed, the next is read."""
-    names = matrix_names(model, LayerRange(0, model.shape.num_layers), head=True)
+    (names,) = matrix_names(model, [LayerRange(0, model.shape.num_layers)], head=True)
     return 2 * max(room_bytes(run) for name in names for run in row_runs(model.file.tensors[name]))
 
 
@@ -242,6 +242,7 @@ class StreamedTensors:
         self._awaited: int | None = None
         """The number of the piece that the computation waits for."""
         self._failure: Exception | None = None
+        self._is_seeking = False
         self._is_closed = False
         self.bytes_read = 0
         self.waited_s = 0.0
@@ -273,6 +274,21 @@ class StreamedTensors:
     @property
     def read_mode(self) -> str:
         return ", ".join(sorted({file.mode for file in self._files.values()}))
+
+    def seek(self, name: str) -> None:
+        """Makes `name` the next in order, which costs what was read ahead; nothing where it is the next already."""
+        index = self._index_of[name]
+        with self._lock:
+            if self._num_used % len(self._infos) == index:
+                return
+            self._is_seeking = True
+            while not self._failure and any(piece.num_pending for piece in self._pieces):
+                self._arrived.wait()
+            self._pieces.clear()
+            self._ring = ByteRing(self._ring.num_bytes)
+            self._num_used = self._num_placed = index
+            self._is_seeking = False
+            self._freed.notify_all()
 
     def acquire(self, name: str) -> None:
         """Waits until the tensor's bytes are here, and points it at them.
@@ -329,13 +345,16 @@ class StreamedTensors:
             with self._lock:
                 piece.num_pending -= 1
                 self.bytes_read += num_bytes
-                if piece.is_here and piece.number == self._awaited:
+                if self._is_seeking or (piece.is_here and piece.number == self._awaited):
                     self._arrived.notify()
 
     def _next_request(self) -> tuple[_Piece, int, int] | None:
         """The next bytes to read, as soon as there is room for them; None at the end."""
         with self._lock:
             while not self._is_closed and self._failure is None:
+                if self._is_seeking:
+                    self._freed.wait()
+                    continue
                 piece = self._pieces[-1] if self._pieces else None
                 if piece is None or piece.next_offset >= piece.stop_offset:
                     piece = self._place_next()

@@ -1,5 +1,5 @@
 """Decides which consecutive layers each device holds: shares in proportion to speed, cut to what fits memory. What fits
-nowhere is streamed from disk, by whom that costs least.
+nowhere is streamed from disk, by whom that costs least; then a token goes round several times where that hides reading.
 
 A first planner behind the interface that a better one will keep: every stage takes about the same time, so that
 prefill's micro-batches flow without waiting for one slow device. It does not ask whether fewer devices would be faster.
@@ -9,25 +9,36 @@ Source: the pipeline balance of GPipe (Huang et al., 2019); memory limits by wat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from shoal.errors import InfeasiblePlacement
 from shoal.ids import LayerRange
 from shoal.placement.device import Assignment, Device, ModelSize, Placement
+from shoal.placement.window import RING_UNITS, DeviceClock, TensorLoad, choose_streamed, ring_time_s
 from shoal.units import format_bytes
 
+_HOP_S = 1e-3
+"""What a hop is taken to cost where more rounds are weighed against less waiting for disks: a home network's."""
+_ROUNDS_MAX = 16
+_GAIN_MIN = 0.02
+"""More rounds must be faster by as much."""
+_PIECES_PER_LAYER_MAX = 8
 
-def place_layers(devices: Sequence[Device], model: ModelSize) -> Placement:
+
+def place_layers(devices: Sequence[Device], model: ModelSize, *, rounds: int | None = None) -> Placement:
     """Assigns all layers.
 
     Args:
         devices: the head first, then the others in the order in which the ring visits them; at least one.
+        rounds: how often a token goes round; None chooses what is fastest.
 
     Returns:
         Stages in ring order; devices that hold no layer are left out, except the head, which embeds and samples.
 
     Raises:
         InfeasiblePlacement: names the missing bytes and what would help.
+        ValueError: some device holds fewer layers than there are rounds.
     """
     head, *others = devices
     ring = [*others, head]
@@ -39,14 +50,16 @@ def place_layers(devices: Sequence[Device], model: ModelSize) -> Placement:
         counts = streaming_counts
     else:
         raise InfeasiblePlacement(_explain_shortage(ring, head, model, capacities))
-    return _assign(ring, head, model, counts)
+    return _assign(ring, head, model, counts, rounds)
 
 
-def place_by_hand(devices: Sequence[Device], model: ModelSize, counts: Sequence[int]) -> Placement:
+def place_by_hand(
+    devices: Sequence[Device], model: ModelSize, counts: Sequence[int], *, rounds: int | None = None
+) -> Placement:
     """Assigns `counts[i]` layers to device i, the head's count first, as the owner asked.
 
     Raises:
-        ValueError: the counts do not add up, or do not match the devices.
+        ValueError: the counts do not add up, or do not match the devices or the rounds.
     """
     if len(counts) != len(devices) or min(counts) < 0 or sum(counts) != len(model.layer_bytes):
         raise ValueError(
@@ -54,33 +67,142 @@ def place_by_hand(devices: Sequence[Device], model: ModelSize, counts: Sequence[
             f"{len(model.layer_bytes)} layers: give one count per device, the head's first, that add up"
         )
     head, *others = devices
-    return _assign([*others, head], head, model, [*counts[1:], counts[0]])
+    return _assign([*others, head], head, model, [*counts[1:], counts[0]], rounds)
 
 
-def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int]) -> Placement:
-    stages, left_out, first = [], [], 0
-    for device, count in zip(ring, counts, strict=True):
-        layers = LayerRange(first, first + count)
-        first += count
-        if not count and device is not head:
-            left_out.append((device.id, "no layer fits its memory, or the others are much faster"))
-            continue
-        stages.append(_assignment(device, layers, model, is_head=device is head))
-    return Placement(stages=tuple(stages), left_out=tuple(left_out))
+def cut_windows(counts: Sequence[int], rounds: int) -> list[tuple[LayerRange, ...]]:
+    """A window of consecutive layers per device and round, in the order of a token's way; sizes of a device's windows
+    differ by one at most."""
+    windows: list[list[LayerRange]] = [[] for _ in counts]
+    first = 0
+    for number in range(rounds):
+        for device, count in enumerate(counts):
+            stop = first + count // rounds + (number < count % rounds)
+            windows[device].append(LayerRange(first, stop))
+            first = stop
+    return [tuple(of_device) for of_device in windows]
 
 
-def _assignment(device: Device, layers: LayerRange, model: ModelSize, *, is_head: bool) -> Assignment:
-    needed_bytes = _needed_bytes(model, layers, is_head=is_head)
-    compute_s = len(layers) * device.layer_s
-    if needed_bytes <= device.memory_bytes or not device.read_bytes_per_s:
-        return Assignment(device.id, layers, needed_bytes, compute_s)
-    weights_bytes = device.memory_bytes - model.overhead_bytes - len(layers) * model.cache_bytes_per_layer
-    read_s = (needed_bytes - device.memory_bytes + model.ring_bytes) / device.read_bytes_per_s
-    return Assignment(device.id, layers, device.memory_bytes, max(compute_s, read_s), weights_bytes)
+def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int], rounds: int | None) -> Placement:
+    left_out = tuple(
+        (device.id, "no layer fits its memory, or the others are much faster")
+        for device, count in zip(ring, counts, strict=True)
+        if not count and device is not head
+    )
+    used = [(device, count) for device, count in zip(ring, counts, strict=True) if count or device is head]
+    rounds_max = 1 if len(used) == 1 else min(count for _, count in used if count)
+    if rounds is not None and not 1 <= rounds <= rounds_max:
+        raise ValueError(f"{rounds} rounds: 1 to {rounds_max} are possible, as many as the device with fewest layers has")
+    plans = [_Rounds(used, head, model, rounds or 1)]
+    if rounds is None and plans[0].streams:
+        plans += [_Rounds(used, head, model, more) for more in range(2, min(rounds_max, _ROUNDS_MAX) + 1)]
+    best = plans[0]
+    for plan in plans[1:]:
+        if plan.token_s < best.token_s * (1 - _GAIN_MIN):
+            best = plan
+    return Placement(best.stages(), left_out)
 
 
-def _needed_bytes(model: ModelSize, layers: LayerRange, *, is_head: bool) -> int:
-    weights = sum(model.layer_bytes[layers.first : layers.stop])
+class _Rounds:
+    """A ring of given devices, layers and rounds, with the sizes of ring buffers that make it fastest."""
+
+    def __init__(self, used: list[tuple[Device, int]], head: Device, model: ModelSize, rounds: int) -> None:
+        self._used, self._head, self._model = used, head, model
+        self._windows = cut_windows([count for _, count in used], rounds)
+        self._loads = [
+            _loads(device, of_device, model, is_head=device is head)
+            for (device, _), of_device in zip(used, self._windows, strict=True)
+        ]
+        self._weights_bytes = [
+            _weights_bytes(device, of_device, model, is_head=device is head)
+            for (device, _), of_device in zip(used, self._windows, strict=True)
+        ]
+        self.streams = any(num_bytes is not None for num_bytes in self._weights_bytes)
+        self._piece_bytes = max(load.num_bytes for loads in self._loads for window in loads for load in window)
+        self._units = [0.0] * len(used)
+        self.token_s, self._visits_s = self._time(self._units)
+        if self.streams:
+            self._size_rings()
+
+    def _size_rings(self) -> None:
+        """The same for all first, then each device by itself."""
+        candidates = [[units] * len(self._used) for units in RING_UNITS if units >= 2]
+        timed = [(self._time(units)[0], units) for units in candidates]
+        self.token_s, self._units = min(timed)
+        for index, num_bytes in enumerate(self._weights_bytes):
+            if num_bytes is None:
+                continue
+            for units in RING_UNITS:
+                changed = [*self._units[:index], units, *self._units[index + 1 :]]
+                if units >= 2 and (token_s := self._time(changed)[0]) < self.token_s:
+                    self.token_s, self._units = token_s, changed
+        self._visits_s = self._time(self._units)[1]
+
+    def _time(self, units: Sequence[float]) -> tuple[float, list[float]]:
+        clocks = []
+        for index, (device, _) in enumerate(self._used):
+            ring_bytes, streamed = self._ring_bytes(index, units[index]), frozenset[str]()
+            weights_bytes, loads = self._weights_bytes[index], self._loads[index]
+            if weights_bytes is not None:
+                tensors = [tensor for window in loads for tensor in window]
+                streamed = choose_streamed(tensors, weights_bytes - ring_bytes)
+            clocks.append(DeviceClock(loads, streamed, ring_bytes=ring_bytes, read_bytes_per_s=device.read_bytes_per_s))
+        return ring_time_s(clocks, hop_s=_HOP_S if len(self._used) > 1 else 0.0)
+
+    def _ring_bytes(self, index: int, units: float) -> int:
+        available_bytes = self._weights_bytes[index]
+        if available_bytes is None:
+            return 0
+        return max(self._piece_bytes, min(int(units * self._piece_bytes), available_bytes))
+
+    def stages(self) -> tuple[Assignment, ...]:
+        found = []
+        for index, (device, _) in enumerate(self._used):
+            needed_bytes = _needed_bytes(self._model, self._windows[index], is_head=device is self._head)
+            weights_bytes = self._weights_bytes[index]
+            found.append(
+                Assignment(
+                    device.id,
+                    self._windows[index],
+                    needed_bytes if weights_bytes is None else min(needed_bytes, device.memory_bytes),
+                    self._visits_s[index],
+                    weights_bytes,
+                    self._ring_bytes(index, self._units[index]),
+                )
+            )
+        return tuple(found)
+
+
+def _weights_bytes(device: Device, windows: Sequence[LayerRange], model: ModelSize, *, is_head: bool) -> int | None:
+    """Memory for weights and the ring, where they do not all fit and the device can stream."""
+    if _needed_bytes(model, windows, is_head=is_head) <= device.memory_bytes or not device.read_bytes_per_s:
+        return None
+    return device.memory_bytes - model.overhead_bytes - sum(map(len, windows)) * model.cache_bytes_per_layer
+
+
+def _loads(device: Device, windows: Sequence[LayerRange], model: ModelSize, *, is_head: bool) -> list[list[TensorLoad]]:
+    """Pieces as large as those that a device streams, or a few per layer where those would be very many."""
+    mean_bytes = sum(model.layer_bytes) / len(model.layer_bytes)
+    per_byte_s = device.layer_s / mean_bytes
+    piece_bytes = max(model.ring_bytes / 2, mean_bytes / _PIECES_PER_LAYER_MAX, 1)
+
+    def pieces(name: str, num_bytes: int) -> list[TensorLoad]:
+        count = max(1, math.ceil(num_bytes / piece_bytes))
+        each = num_bytes // count
+        return [TensorLoad(f"{name}.{number}", each, each * per_byte_s) for number in range(count)]
+
+    loads = [
+        [load for layer in range(window.first, window.stop) for load in pieces(str(layer), model.layer_bytes[layer])]
+        for window in windows
+    ]
+    if is_head:
+        loads[-1] += pieces("output", model.output_bytes)
+    return loads
+
+
+def _needed_bytes(model: ModelSize, windows: Sequence[LayerRange], *, is_head: bool) -> int:
+    layers = [layer for window in windows for layer in range(window.first, window.stop)]
+    weights = sum(model.layer_bytes[layer] for layer in layers)
     return weights + len(layers) * model.cache_bytes_per_layer + model.overhead_bytes + is_head * model.output_bytes
 
 

@@ -34,16 +34,23 @@ class ModelSize(msgspec.Struct, frozen=True):
 
 
 class Assignment(msgspec.Struct, frozen=True):
-    """One device's part: its layers, the bytes they take, and the time that one token is expected to take there.
+    """One device's part: a window of consecutive layers per round, the bytes they take, and the time that one token is
+    expected to take there.
 
-    `weights_bytes` is the memory for its weights, where they do not all fit and the rest is streamed; else None.
+    `weights_bytes` is the memory for its weights, where they do not all fit and the rest is streamed through `ring_bytes`
+    of it; else None and 0.
     """
 
     device: DeviceId
-    layers: LayerRange
+    windows: tuple[LayerRange, ...]
     needed_bytes: int
     token_s: float
     weights_bytes: int | None = None
+    ring_bytes: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return sum(map(len, self.windows))
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -54,6 +61,11 @@ class Placement(msgspec.Struct, frozen=True):
 
     stages: tuple[Assignment, ...]
     left_out: tuple[tuple[DeviceId, str], ...]
+
+    @property
+    def rounds(self) -> int:
+        """How often a token goes round the ring."""
+        return len(self.head.windows)
 
     @property
     def head(self) -> Assignment:

@@ -9,14 +9,14 @@ Pure. `compute/streaming.py` acts in the order that is assumed here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from shoal.errors import InfeasiblePlacement
 from shoal.units import format_bytes
 
-_RING_UNITS = (1, 2, 2.5, 3, 4, 6, 8, 12)
+RING_UNITS = (1, 2, 2.5, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Sizes of ring that are compared, in units of the largest streamed tensor."""
 _TURNS = 4
 """Turns after which the recurrence is steady: the ring is full or empty for good after two."""
@@ -79,34 +79,42 @@ class ByteRing:
         self._taken.popleft()
 
 
+Windows = Sequence[Sequence[TensorLoad]]
+"""What one device computes for a token: a window per round, each a list of tensors in the order of use."""
+
+
 def choose_residency(
-    tensors: Sequence[TensorLoad], *, available_bytes: int, read_bytes_per_s: float, idle_s: float = 0.0
+    windows: Windows, *, available_bytes: int, read_bytes_per_s: float, idle_s: float = 0.0, ring_bytes: int = 0
 ) -> Residency:
     """The fastest way to use the tensors with so much memory.
 
     Args:
-        tensors: all of a device's, in the order of use; at least one.
+        windows: of this device; at least one tensor in all.
         available_bytes: memory for weights and ring together.
         read_bytes_per_s: of this file past the page cache, above 0.
-        idle_s: how long the device waits for others between two turns, while its reader goes on.
+        idle_s: how long the device waits for others per token, the same before each window, while its reader goes on.
+        ring_bytes: of the ring, where that was decided already; 0 compares sizes.
 
     Raises:
         InfeasiblePlacement: not even the largest tensor fits; names the missing bytes.
     """
+    tensors = [tensor for window in windows for tensor in window]
     total_bytes = sum(tensor.num_bytes for tensor in tensors)
     if total_bytes <= available_bytes:
         return Residency((), 0, 0, sum(tensor.compute_s for tensor in tensors))
     best: Residency | None = None
     largest_bytes = max(tensor.num_bytes for tensor in tensors)
-    for units in _RING_UNITS:
-        ring_bytes = int(units * largest_bytes)
-        if ring_bytes > available_bytes:
+    sizes = [int(units * largest_bytes) for units in RING_UNITS]
+    if 2 * largest_bytes <= ring_bytes <= available_bytes:
+        sizes = [ring_bytes]
+    for size in sizes:
+        if size > available_bytes:
             break
-        streamed = _spread(tensors, total_bytes - (available_bytes - ring_bytes))
-        names = {tensor.name for tensor in streamed}
-        token_s = token_time_s(tensors, names, ring_bytes=ring_bytes, read_bytes_per_s=read_bytes_per_s, idle_s=idle_s)
+        streamed = choose_streamed(tensors, available_bytes - size)
+        token_s = token_time_s(windows, streamed, ring_bytes=size, read_bytes_per_s=read_bytes_per_s, idle_s=idle_s)
         if best is None or token_s < best.token_s * (1 - _MARGIN):
-            best = Residency(tuple(tensor.name for tensor in streamed), ring_bytes, _bytes(streamed), token_s)
+            in_order = [tensor for tensor in tensors if tensor.name in streamed]
+            best = Residency(tuple(tensor.name for tensor in in_order), size, _bytes(in_order), token_s)
     if best is None:
         raise InfeasiblePlacement(
             f"{format_bytes(available_bytes)} are left for weights, and one tensor alone takes "
@@ -117,36 +125,79 @@ def choose_residency(
 
 
 def token_time_s(
-    tensors: Sequence[TensorLoad], streamed: set[str], *, ring_bytes: int, read_bytes_per_s: float, idle_s: float = 0.0
+    windows: Windows, streamed: Collection[str], *, ring_bytes: int, read_bytes_per_s: float, idle_s: float = 0.0
 ) -> float:
-    """Steady seconds from one token to the next on a device, waiting for others (`idle_s`) included.
-
-    The reader takes streamed tensors in their order, each as soon as the ring has room; a tensor is computed when the
-    one before it is done and it is there, and leaves the ring then.
-    """
-    reader_s = compute_s = turn_s = 0.0
-    ring = ByteRing(ring_bytes)
-    leave_s: deque[float] = deque()
-    """When each tensor in the ring leaves it."""
+    """Steady seconds from one token to the next on a device, waiting for others (`idle_s`) included."""
+    device = DeviceClock(windows, streamed, ring_bytes=ring_bytes, read_bytes_per_s=read_bytes_per_s)
+    now_s = turn_s = 0.0
     for _ in range(_TURNS):
-        turn_started_s = compute_s
-        compute_s += idle_s
-        for tensor in tensors:
-            if tensor.name in streamed:
-                while ring.take(tensor.num_bytes) is None:
-                    ring.free()
-                    reader_s = max(reader_s, leave_s.popleft())
-                reader_s += tensor.num_bytes / read_bytes_per_s
-                compute_s = max(compute_s, reader_s)
-            compute_s += tensor.compute_s
-            if tensor.name in streamed:
-                leave_s.append(compute_s)
-        turn_s = compute_s - turn_started_s
+        started_s = now_s
+        for index in range(len(windows)):
+            now_s = device.visit(index, now_s + idle_s / len(windows))
+        turn_s = now_s - started_s
     return turn_s
 
 
-def _spread(tensors: Sequence[TensorLoad], num_bytes: int) -> list[TensorLoad]:
-    """Tensors of at least `num_bytes` together, as evenly among the others as their sizes allow."""
+def ring_time_s(devices: Sequence[DeviceClock], *, hop_s: float) -> tuple[float, list[float]]:
+    """Steady seconds per token of a ring, window after window from device to device; and those spent at each device."""
+    now_s = turn_s = 0.0
+    visits_s = [0.0] * len(devices)
+    for _ in range(_TURNS):
+        started_s = now_s
+        visits_s = [0.0] * len(devices)
+        for index in range(devices[0].num_windows):
+            for number, device in enumerate(devices):
+                left_s = device.visit(index, now_s)
+                visits_s[number] += left_s - now_s
+                now_s = left_s + hop_s
+        turn_s = now_s - started_s
+    return turn_s, visits_s
+
+
+class DeviceClock:
+    """The recurrence of one device: when its windows end, and how far its reader is by then.
+
+    The reader takes streamed tensors in their order, each as soon as the ring has room; a tensor is computed when the
+    one before it is done and it is there, and leaves the ring then.
+
+    Args:
+        streamed: names of the tensors that do not stay.
+    """
+
+    def __init__(self, windows: Windows, streamed: Collection[str], *, ring_bytes: int, read_bytes_per_s: float) -> None:
+        self._windows = windows
+        self._streamed = frozenset(streamed)
+        self._read_bytes_per_s = read_bytes_per_s
+        self._ring = ByteRing(ring_bytes)
+        self._leave_s: deque[float] = deque()
+        """When each tensor in the ring leaves it."""
+        self._reader_s = 0.0
+
+    @property
+    def num_windows(self) -> int:
+        return len(self._windows)
+
+    def visit(self, index: int, now_s: float) -> float:
+        """When the window that is begun at `now_s` is done. Windows are visited in their order, round and round."""
+        for tensor in self._windows[index]:
+            if tensor.name not in self._streamed:
+                now_s += tensor.compute_s
+                continue
+            while self._ring.take(tensor.num_bytes) is None:
+                self._ring.free()
+                self._reader_s = max(self._reader_s, self._leave_s.popleft())
+            self._reader_s += tensor.num_bytes / self._read_bytes_per_s
+            now_s = max(now_s, self._reader_s) + tensor.compute_s
+            self._leave_s.append(now_s)
+        return now_s
+
+
+def choose_streamed(tensors: Sequence[TensorLoad], resident_bytes: int) -> frozenset[str]:
+    """Names of tensors that are streamed so that the others take `resident_bytes` at most, as evenly among them as their
+    sizes allow."""
+    num_bytes = _bytes(tensors) - resident_bytes
+    if num_bytes <= 0:
+        return frozenset()
     share = min(1.0, num_bytes / _bytes(tensors))
     chosen: set[int] = set()
     owed = 0.0
@@ -166,7 +217,7 @@ def _spread(tensors: Sequence[TensorLoad], num_bytes: int) -> list[TensorLoad]:
             missing -= tensors[fitting].num_bytes
     else:
         _drop_excess(tensors, chosen, -missing)
-    return [tensor for index, tensor in enumerate(tensors) if index in chosen]
+    return frozenset(tensors[index].name for index in chosen)
 
 
 def _drop_excess(tensors: Sequence[TensorLoad], chosen: set[int], excess_bytes: int) -> None:

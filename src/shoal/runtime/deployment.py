@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -308,14 +309,15 @@ def _place(
         Device(
             id=member.device,
             layer_s=measured.layer_s,
-            memory_bytes=memory_bytes[member.device],
+            # The other ways do not ask how much there is: the system, or the window, sees to it.
+            memory_bytes=memory_bytes[member.device] if options.residency == "auto" else sys.maxsize,
             read_bytes_per_s=measured.read_bytes_per_s if may_stream else 0.0,
         )
         for member, measured in zip(members, reports, strict=True)
     ]
     if options.layer_counts is not None:
-        return place_by_hand(devices, model, options.layer_counts)
-    return place_layers(devices, model)
+        return place_by_hand(devices, model, options.layer_counts, rounds=options.rounds)
+    return place_layers(devices, model, rounds=options.rounds)
 
 
 def _in_ring_order(members: Sequence[Member], placement: Placement) -> list[Member]:
@@ -331,13 +333,16 @@ async def _load(
     async def load(member: Member, index: int) -> StageReady:
         stage = placement.stages[index]
         assign = AssignLayers(
-            layers=stage.layers,
+            windows=list(stage.windows),
             context=context,
             micro_batch=options.micro_batch,
             num_stages=len(placement.stages),
             head=stage is placement.head,
             memory_bytes=None if stage.weights_bytes is None else stage.needed_bytes,
             idle_s=placement.token_s - stage.token_s,
+            ring_bytes=stage.ring_bytes if len(placement.stages) > 1 else 0,
+            residency=options.residency,
+            window_layers=options.window_layers,
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
 
@@ -347,16 +352,13 @@ async def _load(
 
 async def _connect(ring: Sequence[Member], stages: Sequence[StageReady]) -> None:
     """Every stage dials the next; the last one, the head, dials the first. A head alone only gets ready."""
-    await asyncio.gather(
-        *(
-            member.ask(
-                ConnectRing(next_host=ring[(index + 1) % len(ring)].host, next_port=stages[(index + 1) % len(ring)].port),
-                RingConnected,
-                timeout_s=CONNECT_TIMEOUT_S,
-            )
-            for index, member in enumerate(ring)
-        )
-    )
+    holds_windows = all(stage.holds_windows for stage in stages)
+
+    async def connect(member: Member, next_index: int) -> None:
+        message = ConnectRing(ring[next_index].host, stages[next_index].port, holds_windows)
+        await member.ask(message, RingConnected, timeout_s=CONNECT_TIMEOUT_S)
+
+    await asyncio.gather(*(connect(member, (index + 1) % len(ring)) for index, member in enumerate(ring)))
 
 
 def _describe(
@@ -376,8 +378,7 @@ def _describe(
         stages=[
             StageDescription(
                 device=stage.device,
-                first=stage.layers.first,
-                stop=stage.layers.stop,
+                windows=list(stage.windows),
                 num_threads=measured[stage.device].num_threads,
                 memory_bytes=(
                     ready.mapped_bytes + ready.copied_bytes + ready.ring_bytes + ready.cache_bytes + ready.activation_bytes

@@ -136,7 +136,8 @@ class WorkerReport(Message, frozen=True):
 class AssignLayers(Message, frozen=True):
     """Load these layers and listen for the previous stage. Answered by `StageReady` or `Failed`."""
 
-    layers: LayerRange
+    windows: list[LayerRange]
+    """Of consecutive layers, one per round."""
     context: int
     micro_batch: int
     num_stages: int
@@ -145,6 +146,10 @@ class AssignLayers(Message, frozen=True):
     """Of the whole worker, where its weights do not all fit: the rest is streamed. None keeps all of them."""
     idle_s: float = 0.0
     """How long the other stages are expected to take for a token: time to read ahead."""
+    ring_bytes: int = 0
+    """For what is read ahead; 0 leaves it to the worker."""
+    residency: ResidencyMode = "auto"
+    window_layers: int = 0
 
 
 class StageReady(Message, frozen=True):
@@ -158,6 +163,8 @@ class StageReady(Message, frozen=True):
     ring_bytes: int = 0
     streamed_bytes: int = 0
     """Read from disk for every token."""
+    holds_windows: bool = True
+    """Whether what is streamed for one window can stay while a prompt's micro-batches pass."""
 
 
 class ConnectRing(Message, frozen=True):
@@ -165,6 +172,8 @@ class ConnectRing(Message, frozen=True):
 
     next_host: str
     next_port: int
+    holds_windows: bool = True
+    """Whether every stage does."""
 
 
 class RingConnected(Message, frozen=True):
@@ -205,12 +214,22 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int | None = None
 
 
+ResidencyMode = Literal["auto", "mmap", "window"]
+"""What of the weights is in memory: what fits, the rest streamed; what the system keeps of the map (prima.cpp's way); or a
+sliding window of some layers (TPI-LLM's)."""
+
+
 class EngineOptions(msgspec.Struct, frozen=True):
     """What the owner may decide about an engine; other values make another engine."""
 
     context: int | None = None
     micro_batch: int = 512
     layer_counts: list[int] | None = None
+    rounds: int | None = None
+    """How often a token goes round the ring; None leaves it to the planner."""
+    residency: ResidencyMode = "auto"
+    window_layers: int = 0
+    """How many layers are in memory at once with residency "window"."""
     num_threads: int | None = None
     compute_device: str | None = None
     repack: bool = True
@@ -289,8 +308,7 @@ class StageDescription(msgspec.Struct, frozen=True):
     """One stage of an engine, in ring order."""
 
     device: DeviceId
-    first: int
-    stop: int
+    windows: list[LayerRange]
     num_threads: int
     memory_bytes: int
     head: bool

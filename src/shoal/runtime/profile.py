@@ -73,7 +73,7 @@ class ComputeProfile:
         candidates = [num_threads] if num_threads else thread_counts(num_physical_cores())
         stage = Stage(
             model,
-            LayerRange(0, num_layers),
+            [LayerRange(0, num_layers)],
             backend,
             context=_PROBE_CONTEXT,
             micro_batch=_PREFILL_TOKENS,

@@ -125,14 +125,17 @@ class Worker:
         self._measure(start)
         assigned = self._expect(AssignLayers)
         self._load(assigned, start)
-        inbound, outbound = self._connect(self._expect(ConnectRing), assigned)
+        connect = self._expect(ConnectRing)
+        inbound, outbound = self._connect(connect, assigned)
         if assigned.head:
-            self._serve(assigned, inbound, outbound)
+            self._serve(assigned, inbound, outbound, holds_windows=connect.holds_windows)
         else:
             assert inbound is not None
             assert outbound is not None
             watch = functools.partial(self._keep_within_memory, assigned)
-            ring_stage = RingStage(self._stage, inbound, outbound, self._threads, while_waiting=watch)
+            ring_stage = RingStage(
+                self._stage, inbound, outbound, self._threads, num_stages=assigned.num_stages, while_waiting=watch
+            )
             self._pipe.send(RingConnected())
             ring_stage.run()
 
@@ -181,20 +184,24 @@ class Worker:
     def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
         self._watch: MemoryWatch | None = None
         streaming = None
-        if assigned.memory_bytes is not None:
+        if assigned.residency == "window":
+            streaming = self._slide_window(assigned)
+        elif assigned.memory_bytes is not None:
             self._beside_bytes = self._bytes_beside_weights(assigned)
             streaming = self._choose_streaming(assigned, assigned.memory_bytes)
             self._watch = MemoryWatch(assigned.memory_bytes) if streaming else None
             self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._stage = stage = Stage(
             self._model,
-            assigned.layers,
+            assigned.windows,
             self._backend,
             context=assigned.context,
             micro_batch=assigned.micro_batch,
             head=assigned.head,
-            repack=start.repack,
+            repack=start.repack and assigned.residency == "auto",
             streaming=streaming,
+            # A device alone would ask for what it has just used.
+            prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
         )
         self._listener = None
         if assigned.num_stages > 1:
@@ -208,30 +215,43 @@ class Worker:
                 activation_bytes=stage.activation_bytes,
                 ring_bytes=stage.streamed.ring_bytes if stage.streamed else 0,
                 streamed_bytes=stage.streamed.turn_bytes if stage.streamed else 0,
+                holds_windows=stage.holds_windows,
             )
         )
 
     def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
         tensors = self._model.file.tensors
-        names = matrix_names(self._model, assigned.layers, head=assigned.head)
-        runs = [run for name in names for run in row_runs(tensors[name])]
-        total_bytes = sum(run.num_bytes for run in runs)
-        vector_bytes = sum(
-            tensors[name].num_bytes
-            for layer in range(assigned.layers.first, assigned.layers.stop)
-            for name in self._model.layer_vectors(layer)
-        )
+        by_window = [
+            [run for name in names for run in row_runs(tensors[name])]
+            for names in matrix_names(self._model, assigned.windows, head=assigned.head)
+        ]
+        layers = [layer for window in assigned.windows for layer in range(window.first, window.stop)]
+        total_bytes = sum(run.num_bytes for runs in by_window for run in runs)
+        vector_bytes = sum(tensors[name].num_bytes for layer in layers for name in self._model.layer_vectors(layer))
         # A token's time in a matrix goes with its bytes: both are dominated by reading it once.
-        per_byte_s = self._layer_s * len(assigned.layers) / max(1, total_bytes)
+        per_byte_s = self._layer_s * len(layers) / max(1, total_bytes)
         residency = choose_residency(
-            [TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs],
+            [[TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs] for runs in by_window],
             available_bytes=memory_bytes - self._beside_bytes - vector_bytes,
             read_bytes_per_s=self._read_bytes_per_s,
             idle_s=assigned.idle_s,
+            ring_bytes=assigned.ring_bytes,
         )
         if not residency.streamed:
             return None
         return Streaming(frozenset(residency.streamed), residency.ring_bytes)
+
+    def _slide_window(self, assigned: AssignLayers) -> Streaming:
+        """Nothing stays: layers pass through room for some of them, read ahead and forgotten after use.
+
+        Source: Li et al., TPI-LLM (2024), its sliding-window memory scheduler.
+        """
+        tensors = self._model.file.tensors
+        by_window = matrix_names(self._model, assigned.windows, head=assigned.head)
+        runs = [run for names in by_window for name in names for run in row_runs(tensors[name])]
+        layer_bytes = max(self._model.layer_bytes)
+        ring_bytes = max(assigned.window_layers * layer_bytes, 2 * max(map(room_bytes, runs)))
+        return Streaming(frozenset(run.name for run in runs), ring_bytes)
 
     def _bytes_beside_weights(self, assigned: AssignLayers) -> int:
         """What the worker will take that is no weights. Cache and activations are counted in full, though most of their
@@ -239,7 +259,7 @@ class Worker:
         # Nothing is read for a stage that only stays to be measured.
         empty = Stage(
             self._model,
-            assigned.layers,
+            assigned.windows,
             self._backend,
             context=assigned.context,
             micro_batch=assigned.micro_batch,
@@ -280,15 +300,19 @@ class Worker:
             sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
             inbound = accepting.result()
         self._listener.close()
-        outbound = Outbound(sock, frame_shape(self._stage, assigned.num_stages), frames_max=assigned.num_stages + 1)
+        shape = frame_shape(self._stage, assigned.num_stages)
+        outbound = Outbound(sock, shape, frames_max=assigned.num_stages + 1)
         return inbound, outbound
 
-    def _serve(self, assigned: AssignLayers, inbound: Inbound | None, outbound: Outbound | None) -> None:
+    def _serve(
+        self, assigned: AssignLayers, inbound: Inbound | None, outbound: Outbound | None, *, holds_windows: bool
+    ) -> None:
         head = RingHead(
             self._stage,
             self._engine,
             self._threads,
             num_stages=assigned.num_stages,
+            holds_windows=holds_windows,
             inbound=inbound,
             outbound=outbound,
             while_waiting=functools.partial(self._keep_within_memory, assigned),

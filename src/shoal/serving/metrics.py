@@ -131,7 +131,7 @@ class RequestTiming:
             metrics.stage_compute.labels(*labels).set(times.compute_s)
             metrics.stage_wait.labels(*labels).set(times.wait_s)
             metrics.stage_wire.labels(*labels).set(times.wire_s)
-            metrics.stage_layers.labels(*labels).set(stage.stop - stage.first)
+            metrics.stage_layers.labels(*labels).set(sum(map(len, stage.windows)))
             metrics.stage_memory.labels(*labels).set(stage.memory_bytes)
 
     def fail(self, error: BaseException) -> None:

@@ -44,6 +44,8 @@ class FrameKind(IntEnum):
     WELCOME = 2
     REFUSED = 3
     FORWARD = 4
+    FORWARD_MORE = 5
+    """As `FORWARD`; the next frame is for the same window."""
 
 
 _KINDS = frozenset(int(kind) for kind in FrameKind)

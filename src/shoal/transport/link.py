@@ -84,10 +84,17 @@ class Frame:
         records = STAGE_RECORD.iter_unpack(self.buffer[offset:stop])
         return [StageTiming(compute_ns * 1e-9, held_ns * 1e-9) for compute_ns, held_ns in records]
 
-    def begin(self, engine: EngineId, position: int, num_tokens: int) -> FloatArray:
-        """Makes this the frame of a micro-batch that starts its way round the ring; returns its hidden states to fill in."""
+    def begin(
+        self, engine: EngineId, position: int, num_tokens: int, *, num_visits: int = 0, more: bool = False
+    ) -> FloatArray:
+        """Makes this the frame of a micro-batch that starts its way, or a further round, after so many visits to stages.
+
+        Returns:
+            Its hidden states, to fill in.
+        """
         payload_bytes = num_tokens * self._token_bytes + self._record_bytes
-        self.header = FrameHeader(FrameKind.FORWARD, 0, engine, position, num_tokens, payload_bytes)
+        kind = FrameKind.FORWARD_MORE if more else FrameKind.FORWARD
+        self.header = FrameHeader(kind, num_visits, engine, position, num_tokens, payload_bytes)
         self.num_bytes = HEADER.size + payload_bytes
         pack_header(self.buffer, self.header)
         return self._states_BD[:num_tokens]
@@ -107,12 +114,14 @@ class Frame:
         self.num_bytes = HEADER.size + payload_bytes
         if of_engine != engine:
             raise RemoteProtocolError("a frame belongs to another engine")
-        if kind != FrameKind.FORWARD or num_tokens == 0:
+        if kind < FrameKind.FORWARD or num_tokens == 0:
             raise RemoteProtocolError(f"a frame of kind {kind} with {num_tokens} tokens in the ring")
         if num_tokens * self._token_bytes + self._record_bytes != payload_bytes:
             raise RemoteProtocolError(f"a frame of {num_tokens} tokens has {payload_bytes} bytes")
-        if num_records > self._num_visits:
-            raise RemoteProtocolError(f"{num_records} stages worked on a frame, {self._num_visits} are all there are")
+        if num_records >= self._num_visits:
+            raise RemoteProtocolError(
+                f"a frame comes after {num_records} visits to stages, {self._num_visits} are all there are"
+            )
 
 
 class Inbound:
