@@ -30,7 +30,7 @@ def run(head: RingHead, prompt: list[int], steps: list[int], *, micro_batch: int
     bits = [logits_V.tobytes()]
     for index, token_id in enumerate(steps):
         logits_V = head.decode(token_id, len(prompt) + index)
-        assert len(head.timings()) == head.num_stages
+        assert len(head.visits()) == head.num_stages * head.rounds
         bits.append(logits_V.tobytes())
     return bits
 
@@ -116,6 +116,14 @@ def test_a_prompt_is_read_once_where_windows_stay(eight_layers: Path) -> None:
     assert len(batches) <= bytes_every_time < len(batches) + 1.5
 
 
+def _noted(done: list[int]) -> Callable[[int], bool]:
+    def note(num_done: int) -> bool:
+        done.append(num_done)
+        return True
+
+    return note
+
+
 def _next(answers: Iterator[bool], _num_done: int) -> bool:
     return next(answers)
 
@@ -142,7 +150,7 @@ def test_progress_is_told_in_tokens_whatever_the_rounds(eight_layers: Path) -> N
         done: list[int] = []
         batches = micro_batches(64, 150, micro_batch=32)
         head.prefill(list(range(150)), micro_batches(0, 64, micro_batch=32), progress=lambda _: True)
-        head.prefill(list(range(150)), batches, progress=lambda number: done.append(number) is None)
+        head.prefill(list(range(150)), batches, progress=_noted(done))
         assert done == sorted(done)
         assert done[-1] == 150
         assert len(done) == 2 * len(batches)

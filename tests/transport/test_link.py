@@ -57,12 +57,12 @@ def test_hidden_states_and_times_arrive_as_they_left(link: tuple[Inbound, Outbou
     for num_tokens in (1, 2, 512, 1):
         x_BD = np.random.default_rng(num_tokens).standard_normal((num_tokens, HIDDEN), dtype=np.float32)
         frame.begin(ENGINE, 3, num_tokens)[...] = 0.0
-        frame.continue_with(np.zeros_like(x_BD), compute_ns=10**9, held_ns=2 * 10**9)
-        frame.continue_with(x_BD, compute_ns=500_000_000, held_ns=750_000_000)
+        frame.continue_with(np.zeros_like(x_BD), compute_ns=10**9, disk_ns=5 * 10**8, held_ns=2 * 10**9)
+        frame.continue_with(x_BD, compute_ns=500_000_000, disk_ns=0, held_ns=750_000_000)
         frame = outbound.send(frame)
         inbound.receive(received)
         assert np.array_equal(received.hidden_states, x_BD)
-        assert received.timings == [StageTiming(1.0, 2.0), StageTiming(0.5, 0.75)]
+        assert received.timings == [StageTiming(1.0, 0.5, 2.0), StageTiming(0.5, 0.0, 0.75)]
         assert received.header.position == 3
     assert inbound.bytes_received == outbound.bytes_sent
 

@@ -103,6 +103,9 @@ def run(
     residency: ResidencyText = "auto",
     repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say who holds what, and where time went.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write where each token's time went, as a Chrome trace.", metavar="FILE")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Ask a model, or chat with it, on this device's cluster or alone."""
@@ -140,6 +143,7 @@ def run(
             max_tokens=max_tokens,
             stop=stop or [],
             system=system,
+            trace=trace,
             raw=raw,
             verbose=verbose,
             as_json=json,

@@ -36,6 +36,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
         "token_ids": finished.token_ids,
         "text": text,
         "finish_reason": finished.reason,
+        "reads_per_prompt": finished.reads_per_prompt,
         "prefill_s": round(finished.prefill_s, 6),
         "tokens_per_s": round(tokens_per_s(finished), 3),
         "stages": [
@@ -47,6 +48,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
                 "streamed_bytes": stage.streamed_bytes,
                 "head": stage.head,
                 "compute_s": time.compute_s if time else 0.0,
+                "disk_s": time.disk_s if time else 0.0,
                 "wait_s": time.wait_s if time else 0.0,
                 "wire_s": time.wire_s if time else 0.0,
             }
@@ -61,17 +63,21 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
     rate = tokens_per_s(finished)
     streams = any(stage.streamed_bytes for stage in engine.stages)
     read = "weights read from disk; " if streams else ""
+    parts = "computing, waiting for the disk, waiting" if streams else "computing, waiting"
+    reads = f", weights read {finished.reads_per_prompt} x" if streams and finished.reads_per_prompt > 1 else ""
+    times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
     table = Table(
-        "device", "layers", "threads", "memory", *(["from disk"] if streams else []), "compute", "wait", "wire",
+        "device", "layers", "threads", "memory",
+        *(["from disk", "compute", "disk"] if streams else ["compute"]), "wait", "wire",
         title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
-        f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}",
+        f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}{reads}",
         title_justify="left",
-        caption=f"per token: {read}medians of computing, waiting for the others, sending and receiving",
+        caption=f"per token: {read}medians of {parts} for the others, sending and receiving",
         caption_justify="left",
         box=None,
     )  # fmt: skip
-    times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
     for stage, time in zip(engine.stages, times, strict=True):
+        spent = (time.compute_s, *([time.disk_s] if streams else []), time.wait_s, time.wire_s) if time else None
         layers = ", ".join(str(window) for window in stage.windows)
         table.add_row(
             f"{stage.device} (head)" if stage.head else stage.device,
@@ -79,7 +85,7 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
             str(stage.num_threads),
             format_bytes(stage.memory_bytes),
             *([format_bytes(stage.streamed_bytes)] if streams else []),
-            *([format_seconds(part) for part in (time.compute_s, time.wait_s, time.wire_s)] if time else ["-"] * 3),
+            *([format_seconds(part) for part in spent] if spent else ["-"] * (4 if streams else 3)),
         )
     for device, reason in engine.left_out:
         table.add_row(device, f"[dim]left out: {reason}[/]")

@@ -16,6 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 
+from shoal.cli import trace
 from shoal.cli.client import agent_address, open_channel
 from shoal.cli.report import breakdown, summary
 from shoal.errors import ShoalError
@@ -51,6 +52,7 @@ class Settings:
     raw: bool = False
     verbose: bool = False
     as_json: bool = False
+    trace: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ def parse_residency(text: str) -> tuple[ResidencyMode, int]:
 
 def run(model: str, prompt: str | None, settings: Settings) -> None:
     """Answers `prompt`, or what stands on standard input, or starts a chat where that is a terminal."""
+    if settings.trace is not None:
+        if prompt is None and sys.stdin.isatty():
+            raise ValueError("--trace: a chat has many answers: give a prompt")
+        if not settings.trace.absolute().parent.is_dir():
+            raise ValueError(f"--trace {settings.trace}: there is no folder {settings.trace.absolute().parent}")
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
         if not prompt.strip():
@@ -117,6 +124,8 @@ async def _answer_once(address: str, model: str, prompt: str, settings: Settings
         request = msgspec.structs.replace(request, messages=None, prompt=prompt)
     show = _discard if settings.as_json else _print_text
     answer = await ask(address, request, show=show, status=_status_line(settings))
+    if settings.trace is not None:
+        trace.write(settings.trace, answer.engine, answer.finished)
     if settings.as_json:
         print(json.dumps(summary(answer.engine, answer.finished, answer.text)))  # noqa: T201
         return
@@ -198,6 +207,7 @@ def _request(model: str, messages: list[ChatMessage], settings: Settings) -> Gen
         stop=settings.stop,
         sampling=settings.sampling,
         options=settings.options,
+        trace=settings.trace is not None,
     )
 
 

@@ -142,6 +142,11 @@ class Stage:
         return output_BD
 
     @property
+    def disk_wait_ns(self) -> int:
+        """How long `forward` has waited for streamed weights so far."""
+        return self.streamed.waited_ns if self.streamed is not None else 0
+
+    @property
     def holds_windows(self) -> bool:
         """Whether what is streamed for any one window stays until it is used again, if it is asked to."""
         if self.streamed is None:

@@ -245,7 +245,7 @@ class StreamedTensors:
         self._is_seeking = False
         self._is_closed = False
         self.bytes_read = 0
-        self.waited_s = 0.0
+        self.waited_ns = 0
         self._readers = [
             threading.Thread(target=self._read, name=f"weights-{index}", daemon=True)
             for index in range(streaming.requests_in_flight)
@@ -298,12 +298,12 @@ class StreamedTensors:
         """
         ahead = (self._index_of[name] - self._num_used) % len(self._infos)
         with self._lock:
-            started_s = time.perf_counter()
+            started_ns = time.perf_counter_ns()
             while not self._failure and not (ahead < len(self._pieces) and self._pieces[ahead].is_here):
                 self._awaited = self._num_used + ahead
                 self._arrived.wait()
             self._awaited = None
-            self.waited_s += time.perf_counter() - started_s
+            self.waited_ns += time.perf_counter_ns() - started_ns
             if self._failure:
                 raise self._failure
             self.tensors[name].contents.data = self._pieces[ahead].address

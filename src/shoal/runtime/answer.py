@@ -26,6 +26,7 @@ from shoal.runtime.messages import (
     PromptScores,
     Sampling,
     StageTimes,
+    StepTrace,
     TokenScore,
     ToolCallDelta,
 )
@@ -97,6 +98,7 @@ class Conversation:
         )
         # Until the prefill has ended, only what was there before is surely in every device's cache.
         self._cached_ids = self._cached_ids[: plan.num_kept]
+        answer.reads_per_prompt = self._head.reads_per_prompt(plan.batches)
         started_s = time.perf_counter()
         logits_V = self._prefill(prompt.ids, plan, top_scored=request.prompt_logprobs)
         prefill_s = time.perf_counter() - started_s
@@ -255,6 +257,7 @@ class _Answer:
         self._unread: int | None = None
         self._unshown: Delta | None = None
         self._logits_V: Logits | None = None
+        self.reads_per_prompt = 0
 
     def choose(self, logits_V: Logits) -> tuple[int, Literal["stop", "length"] | None]:
         """The next token, and why the answer ends with it, if it does."""
@@ -342,6 +345,8 @@ class _Answer:
             reasoning=rest.reasoning,
             tool_calls=_call_deltas(rest),
             reasoning_tokens=self._num_reasoning,
+            reads_per_prompt=self.reads_per_prompt,
+            trace=times.trace() if self._request.trace else [],
         )
 
     def _close(self, parser: AnswerParser, text: str) -> Parts:
@@ -361,7 +366,7 @@ class _StepTimes:
         self._num_hops = head.num_hops
         self._last_s = 0.0
         self._token_s: list[float] = []
-        self._stages: list[list[StageTiming]] = []
+        self._visits: list[list[StageTiming]] = []
 
     def start(self) -> float:
         self._last_s = time.perf_counter()
@@ -374,8 +379,8 @@ class _StepTimes:
 
     def read(self) -> None:
         """Takes the stages' times of the step that has ended: not before the next token is on its way."""
-        if len(self._stages) < len(self._token_s):
-            self._stages.append(self._head.timings())
+        if len(self._visits) < len(self._token_s):
+            self._visits.append(self._head.visits())
 
     def stages(self) -> list[StageTimes]:
         """Medians per stage, the head last."""
@@ -383,24 +388,30 @@ class _StepTimes:
         if not self._token_s:
             return []
         token_s = np.array(self._token_s)
-        compute_s = np.array([[stage.compute_s for stage in step] for step in self._stages])
-        held_s = np.array([[stage.held_s for stage in step] for step in self._stages])
+        by_round = np.array(self._visits).reshape(len(token_s), self._head.rounds, self._head.num_stages, 3)
+        compute_s, disk_s, held_s = np.moveaxis(by_round.sum(axis=1), -1, 0)
         # What no stage held a frame for, it spent between two of them.
-        hop_s = (token_s - held_s.sum(axis=1)) / max(1, self._num_hops)
-        wire_s = hop_s[:, None] + held_s - compute_s if self._num_hops else np.zeros_like(compute_s)
-        wait_s = token_s[:, None] - compute_s - wire_s
+        hop_s = (token_s - held_s.sum(axis=1)) / max(1, self._num_hops) * self._head.rounds
+        wire_s = hop_s[:, None] + held_s - compute_s - disk_s if self._num_hops else np.zeros_like(compute_s)
+        wait_s = token_s[:, None] - compute_s - disk_s - wire_s
         return [
-            StageTimes(*(max(0.0, float(np.median(part[:, index]))) for part in (compute_s, wait_s, wire_s)))
-            for index in range(compute_s.shape[1])
+            StageTimes(*(max(0.0, float(np.median(part[:, index]))) for part in (compute_s, wait_s, wire_s, disk_s)))
+            for index in range(self._head.num_stages)
         ]
 
     def hop_us(self) -> list[float]:
         if not self._num_hops:
             return []
         return [
-            (token_s - sum(stage.compute_s for stage in step)) / self._num_hops * 1e6
-            for token_s, step in zip(self._token_s, self._stages, strict=True)
+            (token_s - sum(visit.compute_s + visit.disk_s for visit in step)) / self._num_hops * 1e6
+            for token_s, step in zip(self._token_s, self._visits, strict=True)
         ]
+
+    def trace(self) -> list[StepTrace]:
+        """Every step."""
+        self.read()
+        steps = zip(self._token_s, self._visits, strict=True)
+        return [StepTrace(token_s, [tuple(visit) for visit in visits]) for token_s, visits in steps]
 
 
 def _parameters(sampling: Sampling) -> SamplingParameters:

@@ -256,6 +256,8 @@ class Generate(Message, frozen=True):
     """Teacher forcing: these ids are fed instead of what was sampled; what would have been chosen is in `best_ids`."""
     digest: bool = False
     """Whether `Finished` carries a hash over the bits of all logits, for comparing runs."""
+    trace: bool = False
+    """Whether `Finished` carries the times of every step."""
     logprobs: int | None = None
     """Whether each `Delta` carries its token's log-probability, and those of that many likeliest tokens beside it."""
     prompt_logprobs: int | None = None
@@ -374,11 +376,20 @@ class Delta(Message, frozen=True, omit_defaults=True):
 
 
 class StageTimes(msgspec.Struct, frozen=True):
-    """Where one stage spent a decode step, medians in seconds: computing, waiting for the others, sending and receiving."""
+    """Where one stage spent a decode step, medians in seconds: computing, waiting for the others, sending and receiving,
+    and waiting for its disk."""
 
     compute_s: float
     wait_s: float
     wire_s: float
+    disk_s: float = 0.0
+
+
+class StepTrace(msgspec.Struct, frozen=True, array_like=True):
+    """One decode step: its seconds, and of each visit to a stage those of computing, of waiting for the disk, and in all."""
+
+    token_s: float
+    visits: list[tuple[float, float, float]]
 
 
 class Finished(Message, frozen=True):
@@ -401,6 +412,9 @@ class Finished(Message, frozen=True):
     reasoning: str = ""
     tool_calls: list[ToolCallDelta] = []
     reasoning_tokens: int = 0
+    reads_per_prompt: int = 1
+    """How often streamed weights were read for the prompt."""
+    trace: list[StepTrace] = []
 
 
 # ---- models, and their texts without an engine

@@ -74,6 +74,7 @@ class RingStage:
             arrived_ns = time.perf_counter_ns()
             header = frame.header
             set_threads(self._stage, self._threads, header.num_tokens)
+            waited_ns = self._stage.disk_wait_ns
             started_ns = time.perf_counter_ns()
             output_BD = self._stage.forward(
                 frame.hidden_states,
@@ -82,7 +83,9 @@ class RingStage:
                 more=header.kind == FrameKind.FORWARD_MORE,
             )
             ended_ns = time.perf_counter_ns()
-            frame.continue_with(output_BD, compute_ns=ended_ns - started_ns, held_ns=ended_ns - arrived_ns)
+            disk_ns = self._stage.disk_wait_ns - waited_ns
+            compute_ns = ended_ns - started_ns - disk_ns
+            frame.continue_with(output_BD, compute_ns=compute_ns, disk_ns=disk_ns, held_ns=ended_ns - arrived_ns)
             frame = self._outbound.send(frame)
 
 
@@ -123,7 +126,7 @@ class RingHead:
         self._next_frame = outbound.free_frame() if outbound is not None else self._received
         self._next_position = -1
         """Of the single token for which the next frame has its header already."""
-        self._compute_s = 0.0
+        self._last_visit = StageTiming(0.0, 0.0, 0.0)
 
     @property
     def num_hops(self) -> int:
@@ -159,9 +162,12 @@ class RingHead:
                 self._pass_on(window, position)
             self._inbound.receive(self._received)
             x_BD = self._received.hidden_states
+        waited_ns = self.stage.disk_wait_ns
         started_s = time.perf_counter()
         logits_BV = self.stage.forward(x_BD, position, window=self.rounds - 1, num_outputs=1)
-        self._compute_s = time.perf_counter() - started_s + embed_s
+        held_s = time.perf_counter() - started_s + embed_s
+        disk_s = (self.stage.disk_wait_ns - waited_ns) * 1e-9
+        self._last_visit = StageTiming(held_s - disk_s, disk_s, held_s)
         logits_V: FloatArray = logits_BV[0]
         return logits_V
 
@@ -171,20 +177,19 @@ class RingHead:
         assert self._outbound is not None
         frame = self._received
         self._inbound.receive(frame)
+        waited_ns = self.stage.disk_wait_ns
         started_ns = time.perf_counter_ns()
         output_BD = self.stage.forward(frame.hidden_states, position, window=window)
-        spent_ns = time.perf_counter_ns() - started_ns
-        frame.continue_with(output_BD, compute_ns=spent_ns, held_ns=spent_ns)
+        held_ns = time.perf_counter_ns() - started_ns
+        disk_ns = self.stage.disk_wait_ns - waited_ns
+        frame.continue_with(output_BD, compute_ns=held_ns - disk_ns, disk_ns=disk_ns, held_ns=held_ns)
         self._received = self._outbound.send(frame)
 
-    def timings(self) -> list[StageTiming]:
-        """What each stage spent on the last decoded token, the head last. Until the next one comes home."""
-        visits = self._received.timings if self._inbound is not None else []
-        visits.append(StageTiming(self._compute_s, self._compute_s))
-        if self.rounds == 1:
-            return visits
-        by_stage = (visits[stage :: self.num_stages] for stage in range(self.num_stages))
-        return [StageTiming(*map(sum, zip(*of_stage, strict=True))) for of_stage in by_stage]
+    def visits(self) -> list[StageTiming]:
+        """What the last decoded token's visits took, round after round, the head last in each. Until the next one comes
+        home."""
+        of_others = self._received.timings if self._inbound is not None else []
+        return [*of_others, self._last_visit]
 
     def prefill(
         self,

@@ -57,6 +57,7 @@ class Metrics:
         self.hop = histogram("shoal:hop_seconds", "A hop of the ring: a token's time less all computing.", _HOP_SECONDS)
         self.stage_compute = stage_gauge("shoal:stage_compute_seconds", "Computing per token, median of the last answer.")
         self.stage_wait = stage_gauge("shoal:stage_wait_seconds", "Waiting for other stages, per token.")
+        self.stage_disk = stage_gauge("shoal:stage_disk_wait_seconds", "Waiting for weights from disk, per token.")
         self.stage_wire = stage_gauge("shoal:stage_wire_seconds", "Sending and receiving, per token.")
         self.stage_layers = stage_gauge("shoal:stage_layers", "Layers that a device holds.")
         self.stage_memory = stage_gauge("shoal:stage_memory_bytes", "Memory that a device's stage takes.")
@@ -125,11 +126,12 @@ class RequestTiming:
         metrics.cache_usage.labels(model).set((finished.prompt_tokens + num_tokens) / engine.context)
         num_computed = finished.prompt_tokens - finished.cached_tokens + max(0, num_tokens - 1)
         for stage in engine.stages if len(engine.stages) > 1 else ():
-            metrics.link_bytes.labels(model, stage.device).inc(4 * engine.hidden_size * num_computed)
+            metrics.link_bytes.labels(model, stage.device).inc(4 * engine.hidden_size * num_computed * len(stage.windows))
         for stage, times in zip(engine.stages, finished.stages, strict=False):
             labels = (model, stage.device)
             metrics.stage_compute.labels(*labels).set(times.compute_s)
             metrics.stage_wait.labels(*labels).set(times.wait_s)
+            metrics.stage_disk.labels(*labels).set(times.disk_s)
             metrics.stage_wire.labels(*labels).set(times.wire_s)
             metrics.stage_layers.labels(*labels).set(sum(map(len, stage.windows)))
             metrics.stage_memory.labels(*labels).set(stage.memory_bytes)

@@ -11,7 +11,7 @@
     24      4     payload bytes
 
 little endian. A payload is the hidden states, [tokens, hidden size] float32, followed by room for one record per visit to
-a stage, of which those are filled that have been: the nanoseconds it computed, and the nanoseconds it held the frame. So a
+a stage, of which those are filled that have been: the nanoseconds it computed, waited for its disk, and held the frame. So a
 frame has one size all the way, and a receiver knows that of a single token's. A hello's payload is the text of the sender's
 shoal version.
 
@@ -30,7 +30,7 @@ from shoal.ids import EngineId
 MAGIC = b"SHOA"
 PROTOCOL_VERSION = 2
 HEADER = struct.Struct("<4sHBBQIII")
-STAGE_RECORD = struct.Struct("<QQ")
+STAGE_RECORD = struct.Struct("<QQQ")
 VISITS_MAX = 255
 """Most visits of a frame to stages: rounds times stages."""
 NUM_RECORDS_OFFSET = 7
@@ -63,9 +63,10 @@ class FrameHeader(NamedTuple):
 
 
 class StageTiming(NamedTuple):
-    """What one stage spent on one frame, seconds: computing, and holding it in all."""
+    """What a stage spent on a frame in one visit, seconds: computing, waiting for its disk, and holding it in all."""
 
     compute_s: float
+    disk_s: float
     held_s: float
 
 

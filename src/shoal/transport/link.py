@@ -82,7 +82,7 @@ class Frame:
         offset = self.num_bytes - self._record_bytes
         stop = offset + self.buffer[NUM_RECORDS_OFFSET] * STAGE_RECORD.size
         records = STAGE_RECORD.iter_unpack(self.buffer[offset:stop])
-        return [StageTiming(compute_ns * 1e-9, held_ns * 1e-9) for compute_ns, held_ns in records]
+        return [StageTiming(*(part_ns * 1e-9 for part_ns in record)) for record in records]
 
     def begin(
         self, engine: EngineId, position: int, num_tokens: int, *, num_visits: int = 0, more: bool = False
@@ -99,12 +99,12 @@ class Frame:
         pack_header(self.buffer, self.header)
         return self._states_BD[:num_tokens]
 
-    def continue_with(self, x_BD: FloatArray, *, compute_ns: int, held_ns: int) -> None:
+    def continue_with(self, x_BD: FloatArray, *, compute_ns: int, disk_ns: int, held_ns: int) -> None:
         """Replaces the hidden states by a stage's output, and adds what it spent."""
         num_records = self.buffer[NUM_RECORDS_OFFSET]
         self._states_BD[: self.header.num_tokens] = x_BD
         offset = self.num_bytes - self._record_bytes + num_records * STAGE_RECORD.size
-        STAGE_RECORD.pack_into(self.buffer, offset, compute_ns, held_ns)
+        STAGE_RECORD.pack_into(self.buffer, offset, compute_ns, disk_ns, held_ns)
         self.buffer[NUM_RECORDS_OFFSET] = num_records + 1
 
     def read_header(self, engine: EngineId) -> None:
