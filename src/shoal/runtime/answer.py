@@ -411,7 +411,10 @@ class _StepTimes:
         """Every step."""
         self.read()
         steps = zip(self._token_s, self._visits, strict=True)
-        return [StepTrace(token_s, [tuple(visit) for visit in visits]) for token_s, visits in steps]
+        return [
+            StepTrace(token_s, [(visit.compute_s, visit.disk_s, visit.held_s) for visit in visits])
+            for token_s, visits in steps
+        ]
 
 
 def _parameters(sampling: Sampling) -> SamplingParameters:
