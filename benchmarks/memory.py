@@ -8,6 +8,7 @@ cache.
 
 * `ratio_one`: the worst of `measured_s / bound_s` (medians over rounds), and `ratios` by scenario.
 * `read_ratio`: bytes streamed per token over S where the disk is the bound; `page_ins` are what was read besides.
+* `ratio_ring`, `mmap_ratio` and `mmap_vs_llamacpp` (our speed over llama.cpp's): see `memory_ring.py`.
 * `oom_kills`, and per scenario `peak_bytes` (page cache included) and `pinned_bytes` (without it).
 
 All runs must give the same tokens.
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import memory_ring
 from benchmarks.models import random_model
 from benchmarks.record import finish, is_quick
 from shoal.compute.model import Model
@@ -35,7 +37,7 @@ from shoal.units import MIB
 
 PORT = 7433
 DISK_MB_S = 800.0
-CORES = 0.2
+CORES = 0.5
 """Little, so that a token takes long enough for a disk of that rate to matter."""
 CONTEXT = 512
 SCENARIOS = {"disk": 2.0, "balanced": 1.0, "compute": 0.5}
@@ -155,18 +157,29 @@ def main() -> None:
             for device in ("home", "roomy"):
                 vouch_for(lab, device, lab.files_folder("home") / model.name, original=model)
             details = [measure(lab, model, names=names, tokens=tokens) for _ in range(rounds)]
+        ring = {} if is_quick() else memory_ring.measure_home(SCENARIOS, tokens=12)
+        starved = {} if is_quick() else memory_ring.measure_starved(rounds=2, tokens=12)
+        mapped = {} if is_quick() else memory_ring.measure_map_alone(rounds=2, tokens=6)
     except LabUnavailable as error:
         sys.exit(f"shoal: {error}")
     ratios = {
         name: statistics.median(found[name]["measured_s"] / found[name]["bound_s"] for found in details) for name in names
     }
-    rows = [row for found in details for row in found.values()]
+    rows = [*(row for found in details for row in found.values()), *ring.values()]
+    ring_ratios = {name: round(row["measured_s"] / row["bound_s"], 4) for name, row in ring.items()}
     figures = {
         "ratio_one": round(max(ratios.values()), 4),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
         "read_ratio": round(max(found["disk"]["streamed_bytes"] / found["disk"]["must_read_bytes"] for found in details), 4),
         "oom_kills": sum(row["oom_kills"] for row in rows),
+        "ratio_ring": max(ring_ratios.values(), default=None),
+        "ring_ratios": ring_ratios,
+        "mmap_ratio": starved.get("mmap_ratio"),
+        "mmap_vs_llamacpp": mapped.get("mmap_vs_llamacpp"),
         "details": details,
+        "ring": ring,
+        "starved": starved,
+        "alone": mapped,
     }
     finish("memory", figures, {"disk_mb_s": DISK_MB_S, "cores": CORES, "context": CONTEXT, "tokens": tokens})
 

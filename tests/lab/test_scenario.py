@@ -67,6 +67,7 @@ MISTAKES = [
     ("[[timeline]]\ndo = 'kill'\nat_s = -1\ndevice = 'left'", "timeline[0].at_s: -1.0 is not within"),
     ("[[timeline]]\ndo = 'kill'\nevery_s = 0\ndevice = 'left'", "timeline[0].every_s: 0.0 is not within"),
     ("[[timeline]]\ndo = 'start'\ndevice = 'right'", "timeline[0].device: 'right' has no command to start"),
+    ("[[timeline]]\ndo = 'disk'\ndevice = 'left'\ndisk_mb_s = 0", "timeline[0].disk_mb_s: 0.0 is no rate"),
     ("[[timeline]]\ndo = 'squeeze'\ndevice = 'left'\nmemory_mib = 1", "timeline[0].memory_mib: 1.0 is too little"),
     ("[[timeline]]\ndo = 'cut'", "timeline[0]: say `between"),
     ("[[timeline]]\ndo = 'change'\nbetween = ['left', 'right']\nloss = 9", "timeline[0].loss: 9.0 is not within 0 and 1"),

@@ -72,7 +72,7 @@ def test_layers_that_fit_nowhere_are_streamed_by_the_faster_disk() -> None:
     assert fast_stage.needed_bytes == 180 * MB
     # What does not stay, and what the ring takes, is read for each token.
     streamed = fast_layers * 10 - (130 - fast_layers) + 4
-    assert placement.token_s + 2e-3 * placement.rounds >= streamed / 1000
+    assert placement.token_s >= streamed / 1000
 
 
 def test_a_head_too_small_for_its_output_projection_streams_it() -> None:
@@ -97,7 +97,9 @@ def test_more_rounds_hide_reading_behind_the_computing_of_others() -> None:
     chosen = place_layers(three_starved(), HOME)
     assert chosen.rounds > 2
     # 250 MB are read at 600 MB/s, whatever the rounds.
-    assert 250 / 600 < chosen.token_s + 3e-3 * chosen.rounds < 0.6
+    assert 250 / 600 < chosen.token_s < 0.6
+    far_apart = place_layers(three_starved(), HOME, hop_s=0.02)
+    assert 1 < far_apart.rounds < chosen.rounds
 
 
 def test_windows_follow_each_other_round_the_ring() -> None:

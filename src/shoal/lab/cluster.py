@@ -45,6 +45,7 @@ from shoal.lab.scenario import (
     ChangeAddress,
     Cut,
     DeviceSpec,
+    Disk,
     Fault,
     Freeze,
     Heal,
@@ -430,6 +431,8 @@ class Lab:
                 self._sleep(fault.device, asleep=isinstance(fault, Sleep))
             case Squeeze():
                 return self._squeeze(fault)
+            case Disk():
+                self._slow_disk(fault)
             case CloseInboundFault() | OpenInbound():
                 self.router.ask(CloseInbound(fault.device, isinstance(fault, CloseInboundFault)), Done)
             case ChangeAddress():
@@ -475,6 +478,13 @@ class Lab:
         wanted = int(fault.memory_mib * (1 << 20) * self.scenario.scale_bytes)
         reached = cgroups.squeeze_memory(self._groups, self.record.groups[fault.device], wanted)
         return f"the cap is {reached} bytes: what is in use cannot be reclaimed" if reached != wanted else ""
+
+    def _slow_disk(self, fault: Disk) -> None:
+        limits = cgroups.Limits(
+            disk_read_bytes_s=max(1, int(fault.disk_mb_s * 1e6 * self.scenario.scale_bytes)),
+            disk=block_device.disk_of(self.device_folder(fault.device)),
+        )
+        cgroups.limit(self._groups, self.record.groups[fault.device], limits)
 
     def _cut_or_heal(self, fault: Cut | Heal) -> None:
         is_cut = isinstance(fault, Cut)

@@ -168,6 +168,12 @@ class Squeeze(_DeviceFault, frozen=True, tag="squeeze", kw_only=True):
     memory_mib: float
 
 
+class Disk(_DeviceFault, frozen=True, tag="disk", kw_only=True):
+    """The device's disk reads at `disk_mb_s` (times `scale_bytes`) from now on, because others use it too."""
+
+    disk_mb_s: float
+
+
 class CloseInbound(_DeviceFault, frozen=True, tag="close-inbound"):
     """From now on only whom the device speaks to first can reach it."""
 
@@ -205,7 +211,7 @@ class Redraw(_LinkFault, frozen=True, tag="redraw", kw_only=True):
 
 
 Fault = (
-    Kill | Start | Freeze | Thaw | Sleep | Wake | Squeeze | CloseInbound | OpenInbound | ChangeAddress
+    Kill | Start | Freeze | Thaw | Sleep | Wake | Squeeze | Disk | CloseInbound | OpenInbound | ChangeAddress
     | Cut | Heal | Change | Redraw
 )  # fmt: skip
 
@@ -469,6 +475,8 @@ def _fault_problems(key: str, fault: Fault, scenario: Scenario) -> Iterator[tupl
             yield f"{key}.device", f"'{fault.device}' has no command to start"
         if isinstance(fault, Squeeze) and fault.memory_mib * MIB * scenario.scale_bytes < MEMORY_BYTES_MIN:
             yield f"{key}.memory_mib", f"{fault.memory_mib} is too little: at least {MEMORY_BYTES_MIN} bytes after scaling"
+        if isinstance(fault, Disk) and fault.disk_mb_s <= 0:
+            yield f"{key}.disk_mb_s", f"{fault.disk_mb_s} is no rate: it must be above 0"
     elif isinstance(fault, _LinkFault):
         required = isinstance(fault, (Cut, Heal))
         nodes = {*scenario.devices, *scenario.hubs}

@@ -18,20 +18,19 @@ from shoal.placement.device import Assignment, Device, ModelSize, Placement
 from shoal.placement.window import RING_UNITS, DeviceClock, TensorLoad, choose_streamed, ring_time_s
 from shoal.units import format_bytes
 
-_HOP_S = 1e-3
-"""What a hop is taken to cost where more rounds are weighed against less waiting for disks: a home network's."""
 _ROUNDS_MAX = 16
 _GAIN_MIN = 0.02
 """More rounds must be faster by as much."""
 _PIECES_PER_LAYER_MAX = 8
 
 
-def place_layers(devices: Sequence[Device], model: ModelSize, *, rounds: int | None = None) -> Placement:
+def place_layers(devices: Sequence[Device], model: ModelSize, *, rounds: int | None = None, hop_s: float = 0.0) -> Placement:
     """Assigns all layers.
 
     Args:
         devices: the head first, then the others in the order in which the ring visits them; at least one.
         rounds: how often a token goes round; None chooses what is fastest.
+        hop_s: from one device to the next.
 
     Returns:
         Stages in ring order; devices that hold no layer are left out, except the head, which embeds and samples.
@@ -50,11 +49,16 @@ def place_layers(devices: Sequence[Device], model: ModelSize, *, rounds: int | N
         counts = streaming_counts
     else:
         raise InfeasiblePlacement(_explain_shortage(ring, head, model, capacities))
-    return _assign(ring, head, model, counts, rounds)
+    return _assign(ring, head, model, counts, rounds, hop_s)
 
 
 def place_by_hand(
-    devices: Sequence[Device], model: ModelSize, counts: Sequence[int], *, rounds: int | None = None
+    devices: Sequence[Device],
+    model: ModelSize,
+    counts: Sequence[int],
+    *,
+    rounds: int | None = None,
+    hop_s: float = 0.0,
 ) -> Placement:
     """Assigns `counts[i]` layers to device i, the head's count first, as the owner asked.
 
@@ -67,7 +71,7 @@ def place_by_hand(
             f"{len(model.layer_bytes)} layers: give one count per device, the head's first, that add up"
         )
     head, *others = devices
-    return _assign([*others, head], head, model, [*counts[1:], counts[0]], rounds)
+    return _assign([*others, head], head, model, [*counts[1:], counts[0]], rounds, hop_s)
 
 
 def cut_windows(counts: Sequence[int], rounds: int) -> list[tuple[LayerRange, ...]]:
@@ -83,7 +87,9 @@ def cut_windows(counts: Sequence[int], rounds: int) -> list[tuple[LayerRange, ..
     return [tuple(of_device) for of_device in windows]
 
 
-def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int], rounds: int | None) -> Placement:
+def _assign(
+    ring: list[Device], head: Device, model: ModelSize, counts: list[int], rounds: int | None, hop_s: float
+) -> Placement:
     left_out = tuple(
         (device.id, "no layer fits its memory, or the others are much faster")
         for device, count in zip(ring, counts, strict=True)
@@ -93,9 +99,9 @@ def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int
     rounds_max = 1 if len(used) == 1 else min(count for _, count in used if count)
     if rounds is not None and not 1 <= rounds <= rounds_max:
         raise ValueError(f"{rounds} rounds: 1 to {rounds_max} are possible, as many as the device with fewest layers has")
-    plans = [_Rounds(used, head, model, rounds or 1)]
+    plans = [_Rounds(used, head, model, rounds or 1, hop_s)]
     if rounds is None and plans[0].streams:
-        plans += [_Rounds(used, head, model, more) for more in range(2, min(rounds_max, _ROUNDS_MAX) + 1)]
+        plans += [_Rounds(used, head, model, more, hop_s) for more in range(2, min(rounds_max, _ROUNDS_MAX) + 1)]
     best = plans[0]
     for plan in plans[1:]:
         if plan.token_s < best.token_s * (1 - _GAIN_MIN):
@@ -106,7 +112,8 @@ def _assign(ring: list[Device], head: Device, model: ModelSize, counts: list[int
 class _Rounds:
     """A ring of given devices, layers and rounds, with the sizes of ring buffers that make it fastest."""
 
-    def __init__(self, used: list[tuple[Device, int]], head: Device, model: ModelSize, rounds: int) -> None:
+    def __init__(self, used: list[tuple[Device, int]], head: Device, model: ModelSize, rounds: int, hop_s: float) -> None:
+        self._hop_s = hop_s if len(used) > 1 else 0.0
         self._used, self._head, self._model = used, head, model
         self._windows = cut_windows([count for _, count in used], rounds)
         self._loads = [
@@ -147,7 +154,7 @@ class _Rounds:
                 tensors = [tensor for window in loads for tensor in window]
                 streamed = choose_streamed(tensors, weights_bytes - ring_bytes)
             clocks.append(DeviceClock(loads, streamed, ring_bytes=ring_bytes, read_bytes_per_s=device.read_bytes_per_s))
-        return ring_time_s(clocks, hop_s=_HOP_S if len(self._used) > 1 else 0.0)
+        return ring_time_s(clocks, hop_s=self._hop_s)
 
     def _ring_bytes(self, index: int, units: float) -> int:
         available_bytes = self._weights_bytes[index]

@@ -46,6 +46,9 @@ MEASURE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 70.0
 CONTEXT_DEFAULT = 4096
+MICRO_BATCH = 512
+MICRO_BATCH_STREAMING = 128
+"""Less room for activations is more for weights, which are read for every token; prompts are read more often for it."""
 _GROWTH_BYTES = 48 * MIB
 """What a worker takes beyond what it had when it was measured: tokenizer, template, graphs, its part of the libraries."""
 
@@ -60,6 +63,8 @@ class Member(Protocol):
 
     device: DeviceId
     host: str
+    round_trip_s: float
+    """Between the head and it."""
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
         """Sends `message` and returns the answer. Raises what the member raised, or DeviceError when it is lost."""
@@ -74,9 +79,10 @@ class Member(Protocol):
 class LeasedMember:
     """A worker on another device, held by a connection to its agent."""
 
-    def __init__(self, device: DeviceId, host: str, channel: Channel) -> None:
+    def __init__(self, device: DeviceId, host: str, channel: Channel, *, round_trip_s: float) -> None:
         self.device = device
         self.host = host
+        self.round_trip_s = round_trip_s
         self._channel = channel
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
@@ -102,6 +108,8 @@ class LeasedMember:
 
 class OwnMember:
     """This device's worker. Its messages after the ring stands belong to `Engine`, so it does not wait for its end."""
+
+    round_trip_s = 0.0
 
     def __init__(self, device: DeviceId, host: str, worker: WorkerProcess) -> None:
         self.device = device
@@ -240,8 +248,13 @@ async def deploy(
     try:
         reports = await _measure(members, engine, model, options, memory_bytes, report)
         context = _context(options, reports[0])
-        placement = _place(members, reports, memory_bytes, options, context=context, may_stream=may_stream)
-        stages = await _load(members, placement, options, context=context, report=report)
+        inputs = (members, reports, memory_bytes, options, context, may_stream)
+        micro_batch = options.micro_batch or MICRO_BATCH
+        placement = _place(*inputs, micro_batch=micro_batch)
+        if options.micro_batch is None and any(stage.weights_bytes is not None for stage in placement.stages):
+            micro_batch = MICRO_BATCH_STREAMING
+            placement = _place(*inputs, micro_batch=micro_batch)
+        stages = await _load(members, placement, options, context=context, micro_batch=micro_batch, report=report)
         used = _in_ring_order(members, placement)
         for member in members:
             if member not in used:
@@ -291,9 +304,10 @@ def _place(
     reports: Sequence[WorkerReport],
     memory_bytes: dict[DeviceId, int],
     options: EngineOptions,
-    *,
     context: int,
     may_stream: bool,
+    *,
+    micro_batch: int,
 ) -> Placement:
     head = reports[0]
     runtime_bytes = max(measured.runtime_bytes for measured in reports)
@@ -302,7 +316,7 @@ def _place(
         output_bytes=head.output_bytes,
         cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
         # A stage's widest activations are a few times its hidden states; two frames wait on each link.
-        overhead_bytes=runtime_bytes + _GROWTH_BYTES + 12 * options.micro_batch * head.hidden_size * 4,
+        overhead_bytes=runtime_bytes + _GROWTH_BYTES + 12 * micro_batch * head.hidden_size * 4,
         ring_bytes=max(measured.ring_bytes_min for measured in reports),
     )
     devices = [
@@ -315,9 +329,11 @@ def _place(
         )
         for member, measured in zip(members, reports, strict=True)
     ]
+    # Only the head's own links are measured: the others are taken to be as long.
+    hop_s = sum(member.round_trip_s for member in members) / 2 / max(1, len(members) - 1)
     if options.layer_counts is not None:
-        return place_by_hand(devices, model, options.layer_counts, rounds=options.rounds)
-    return place_layers(devices, model, rounds=options.rounds)
+        return place_by_hand(devices, model, options.layer_counts, rounds=options.rounds, hop_s=hop_s)
+    return place_layers(devices, model, rounds=options.rounds, hop_s=hop_s)
 
 
 def _in_ring_order(members: Sequence[Member], placement: Placement) -> list[Member]:
@@ -326,7 +342,13 @@ def _in_ring_order(members: Sequence[Member], placement: Placement) -> list[Memb
 
 
 async def _load(
-    members: Sequence[Member], placement: Placement, options: EngineOptions, *, context: int, report: Report
+    members: Sequence[Member],
+    placement: Placement,
+    options: EngineOptions,
+    *,
+    context: int,
+    micro_batch: int,
+    report: Report,
 ) -> list[StageReady]:
     await report(Progress("loading layers"))
 
@@ -335,7 +357,7 @@ async def _load(
         assign = AssignLayers(
             windows=list(stage.windows),
             context=context,
-            micro_batch=options.micro_batch,
+            micro_batch=micro_batch,
             num_stages=len(placement.stages),
             head=stage is placement.head,
             memory_bytes=None if stage.weights_bytes is None else stage.needed_bytes,

@@ -75,6 +75,14 @@ class Survey(Message, frozen=True):
     num_refused_frames: int = 0
 
 
+class Ping(Message, frozen=True):
+    """Answered at once by `Pong`: how far is it?"""
+
+
+class Pong(Message, frozen=True):
+    """The answer to `Ping`."""
+
+
 class AskStatus(Message, frozen=True):
     """Asks an agent for itself and all its peers."""
 
@@ -223,7 +231,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """What the owner may decide about an engine; other values make another engine."""
 
     context: int | None = None
-    micro_batch: int = 512
+    micro_batch: int | None = None
+    """Most tokens computed at once; None is 512, and 128 where weights are streamed, whose memory activations then leave."""
     layer_counts: list[int] | None = None
     rounds: int | None = None
     """How often a token goes round the ring; None leaves it to the planner."""
@@ -516,8 +525,8 @@ class Prompt(Message, frozen=True):
 
 
 _ALL = (
-    Hello | Failed | AskSurvey | Survey | AskStatus | Status | DeviceStatus | StartWorker | WorkerReport | AssignLayers
-    | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription | Delta
+    Hello | Failed | Ping | Pong | AskSurvey | Survey | AskStatus | Status | DeviceStatus | StartWorker | WorkerReport
+    | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription | Delta
     | Finished | Accepted | PromptScores | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel | Unloaded
     | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
 )  # fmt: skip
