@@ -526,9 +526,9 @@ class Prompt(Message, frozen=True):
 
 _ALL = (
     Hello | Failed | Ping | Pong | AskSurvey | Survey | AskStatus | Status | DeviceStatus | StartWorker | WorkerReport
-    | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription | Delta
-    | Finished | Accepted | PromptScores | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel | Unloaded
-    | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
+    | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription
+    | Delta | Finished | Accepted | PromptScores | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel
+    | Unloaded | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
 )  # fmt: skip
 AnyMessage = _ALL
 
