@@ -99,7 +99,8 @@ class Ring:
         before = {name: lab.usage(name) for name in self.names}
         file = lab.files_folder(head) / self._model.name
         ask = ["shoal", "run", str(file), f"--agent={{address:{head}}}:{PORT}", "--json", "--temperature=0", "--threads=1"]
-        ask += [f"--context={CONTEXT}", f"--max-tokens={tokens}", *options, "--raw", "--", "one two three"]
+        # What is streamed is not repacked, and other kernels give other bits.
+        ask += ["--no-repack", f"--context={CONTEXT}", f"--max-tokens={tokens}", *options, "--raw", "--", "one two three"]
         try:
             status, output, errors = lab.run("client", ask, timeout_s=ASK_TIMEOUT_S)
         finally:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from shoal.errors import CannotWrite
 from shoal.lab.random_model import count_parameters, write_random_model
+from shoal.lab.requantise import requantise
 from shoal.lab.shapes import find_shape
 from shoal.units import format_bytes, format_seconds
 
@@ -30,7 +32,7 @@ def model(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Writes the file, shows how far it is, and prints what it wrote.
+    """Writes a random model, shows how far it is, and prints what it wrote.
 
     Raises:
         ValueError: no such shape or type, or too small a vocabulary.
@@ -38,35 +40,58 @@ def model(
     """
     shape = find_shape(like)
     shape = msgspec.structs.replace(shape, num_layers=layers or shape.num_layers, vocab_size=vocabulary or shape.vocab_size)
-    if path.is_dir():
-        raise CannotWrite(f"{path} is a folder: name a file in it, such as {path / f'{like}.gguf'}")
-    if path.exists() and not force:
-        raise CannotWrite(f"{path} exists: --force replaces it")
+    _check_target(path, like, force=force)
     started_s = time.perf_counter()
     with _progress_bar(path.name) as on_progress:
         size_bytes = write_random_model(
             path, shape, quantisation=quant.upper(), seed=seed, durable=True, on_progress=on_progress
         )
-    elapsed_s = time.perf_counter() - started_s
-    num_parameters = count_parameters(shape)
+    facts = {
+        "path": str(path),
+        "like": like.lower(),
+        "layers": shape.num_layers,
+        "quantisation": quant.upper(),
+        "vocabulary": shape.vocab_size,
+        "seed": seed,
+        "parameters": count_parameters(shape),
+    }
+    what = f"{like.lower()}, {shape.num_layers} layers, {quant.upper()}, {count_parameters(shape) / 1e9:.2f} G parameters"
+    _report(facts, f"{path}: {what}", size_bytes, time.perf_counter() - started_s, as_json=as_json)
+
+
+def rewrite(source: Path, path: Path, *, quant: str, force: bool, as_json: bool) -> None:
+    """Writes a real model's weights in another type.
+
+    Raises:
+        ValueError: no such type.
+        ModelNotFound: no such source.
+        BadModelFile, UnsupportedModel: the source is damaged, or its rows do not fit the type.
+        CannotWrite: no room, no such folder, or a file is there already.
+    """
+    _check_target(path, source.stem, force=force)
+    if path.exists() and path.samefile(source):
+        raise CannotWrite(f"{path} is the source itself: name another file")
+    started_s = time.perf_counter()
+    with _progress_bar(path.name) as on_progress:
+        size_bytes = requantise(source, path, quant.upper(), on_progress=on_progress)
+    facts = {"path": str(path), "source": str(source), "quantisation": quant.upper()}
+    what = f"{path}: {source.name} as {quant.upper()}"
+    _report(facts, what, size_bytes, time.perf_counter() - started_s, as_json=as_json)
+
+
+def _check_target(path: Path, name: str, *, force: bool) -> None:
+    if path.is_dir():
+        raise CannotWrite(f"{path} is a folder: name a file in it, such as {path / f'{name}.gguf'}")
+    if path.exists() and not force:
+        raise CannotWrite(f"{path} exists: --force replaces it")
+
+
+def _report(facts: dict[str, Any], text: str, size_bytes: int, elapsed_s: float, *, as_json: bool) -> None:
     if as_json:
-        facts = {
-            "path": str(path),
-            "like": like.lower(),
-            "layers": shape.num_layers,
-            "quantisation": quant.upper(),
-            "vocabulary": shape.vocab_size,
-            "seed": seed,
-            "parameters": num_parameters,
-            "bytes": size_bytes,
-            "seconds": round(elapsed_s, 3),
-        }
-        sys.stdout.write(json.dumps(facts) + "\n")
+        sys.stdout.write(json.dumps({**facts, "bytes": size_bytes, "seconds": round(elapsed_s, 3)}) + "\n")
         return
-    sys.stdout.write(
-        f"{path}: {like.lower()}, {shape.num_layers} layers, {quant.upper()}, {num_parameters / 1e9:.2f} G parameters, "
-        f"{format_bytes(size_bytes)} in {format_seconds(elapsed_s)} ({format_bytes(size_bytes / elapsed_s)}/s)\n"
-    )
+    rate = format_bytes(size_bytes / elapsed_s)
+    sys.stdout.write(f"{text}, {format_bytes(size_bytes)} in {format_seconds(elapsed_s)} ({rate}/s)\n")
 
 
 @contextlib.contextmanager

@@ -270,7 +270,12 @@ app.add_typer(lab_app)
 @lab_app.command("model")
 def lab_model(
     out: Annotated[Path, typer.Argument(help="The .gguf file to write.", metavar="OUT")],
-    like: Annotated[str, typer.Option(help="Whose shape: llama-3-70b, qwen3-8b, smollm2-360m, ...", metavar="NAME")],
+    like: Annotated[
+        str | None, typer.Option(help="Whose shape: llama-3-70b, qwen3-8b, smollm2-360m, ...", metavar="NAME")
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Instead: the weights of this .gguf file, in another type.", metavar="FILE")
+    ] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=4096, help="How many layers; all if not given.")] = None,
     quant: Annotated[
         str, typer.Option(help="Q4_K_M, Q6_K, Q8_0, F16, ... as llama.cpp's quantiser.", metavar="TYPE")
@@ -282,9 +287,15 @@ def lab_model(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a model with random weights that has the shape, size and speed of a real one."""
+    """Write a model with random weights that has the shape, size and speed of a real one; or a real one in another type."""
     from shoal.cli import lab_model as verb
 
+    if (like is None) == (source is None):
+        raise ValueError("say whose shape random weights shall have with --like, or whose weights to take with --from")
+    if source is not None:
+        verb.rewrite(source, out, quant=quant, force=force, as_json=json)
+        return
+    assert like is not None
     verb.model(out, like=like, layers=layers, quant=quant, seed=seed, vocabulary=vocabulary, force=force, as_json=json)
 
 

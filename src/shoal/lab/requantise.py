@@ -6,10 +6,8 @@ or one that is larger than some memory, for trying what that does.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,24 @@ from shoal.lab.quantisation import WEIGHT_TYPES, quantise
 _CHUNK_ELEMENTS = 1 << 22
 
 
-def requantise(source: str | Path, target: str | Path, type_name: str) -> int:
+def requantise(source: Path, target: Path, type_name: str, *, on_progress: Callable[[int, int], None] | None = None) -> int:
     """Writes `source` to `target` with every matrix in `type_name`; vectors stay as they are. Returns its bytes.
+
+    Args:
+        on_progress: takes the bytes written so far, and those of the whole file.
 
     Raises:
         ValueError: no such type.
         BadModelFile, UnsupportedModel: of the source, or rows that the type's blocks do not divide.
+        CannotWrite: the disk has no room for it, or the folder takes no file.
     """
     if type_name not in WEIGHT_TYPES:
         raise ValueError(f"no weights have the type '{type_name}': {', '.join(WEIGHT_TYPES)} exist")
     with GGUFFile.open(source) as file:
-        metadata = dict(file.metadata)
+        metadata = {key: value for key, value in file.metadata.items() if not key.startswith("split.")}
         metadata["general.file_type"] = WEIGHT_TYPES[type_name].file_type
         tensors = [_converted(file, info, type_name) for info in file.tensors.values()]
-        return write_gguf(target, metadata, tensors)
+        return write_gguf(target, metadata, tensors, durable=True, on_progress=on_progress)
 
 
 def _converted(file: GGUFFile, info: TensorInfo, type_name: str) -> TensorData:
@@ -66,18 +68,3 @@ def _rows(file: GGUFFile, info: TensorInfo, num_rows: int, type_name: str) -> It
         else:
             to_float(address, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
         yield quantise(values, type_name)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """`python -m shoal.lab.requantise SOURCE TARGET TYPE`"""
-    parser = argparse.ArgumentParser(prog="shoal.lab.requantise", description="Write a model in another quantisation.")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("type", choices=WEIGHT_TYPES, metavar="TYPE", help=", ".join(WEIGHT_TYPES))
-    options = parser.parse_args(arguments)
-    size_bytes = requantise(options.source, options.target, options.type)
-    sys.stdout.write(f"{options.target}: {size_bytes:,} bytes\n")
-
-
-if __name__ == "__main__":
-    main()

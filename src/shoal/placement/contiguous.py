@@ -18,10 +18,10 @@ from shoal.placement.device import Assignment, Device, ModelSize, Placement
 from shoal.placement.window import RING_UNITS, DeviceClock, TensorLoad, choose_streamed, ring_time_s
 from shoal.units import format_bytes
 
-_ROUNDS_MAX = 16
+_ROUNDS_MAX = 24
 _GAIN_MIN = 0.02
 """More rounds must be faster by as much."""
-_PIECES_PER_LAYER_MAX = 8
+_PIECES_PER_LAYER_MAX = 16
 
 
 def place_layers(devices: Sequence[Device], model: ModelSize, *, rounds: int | None = None, hop_s: float = 0.0) -> Placement:
@@ -101,7 +101,9 @@ def _assign(
         raise ValueError(f"{rounds} rounds: 1 to {rounds_max} are possible, as many as the device with fewest layers has")
     plans = [_Rounds(used, head, model, rounds or 1, hop_s)]
     if rounds is None and plans[0].streams:
-        plans += [_Rounds(used, head, model, more, hop_s) for more in range(2, min(rounds_max, _ROUNDS_MAX) + 1)]
+        # What counts is how many layers a window has at most.
+        by_width = {math.ceil(rounds_max / width) for width in range(1, rounds_max)}
+        plans += [_Rounds(used, head, model, more, hop_s) for more in sorted(by_width) if more <= _ROUNDS_MAX]
     best = plans[0]
     for plan in plans[1:]:
         if plan.token_s < best.token_s * (1 - _GAIN_MIN):

@@ -47,7 +47,7 @@ LOAD_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 70.0
 CONTEXT_DEFAULT = 4096
 MICRO_BATCH = 512
-MICRO_BATCH_STREAMING = 128
+MICRO_BATCH_STREAMING = 64
 """Less room for activations is more for weights, which are read for every token; prompts are read more often for it."""
 _GROWTH_BYTES = 48 * MIB
 """What a worker takes beyond what it had when it was measured: tokenizer, template, graphs, its part of the libraries."""
