@@ -16,6 +16,7 @@ from shoal.cli.demo import demo_model
 from shoal.lab import scenario
 from shoal.lab.facts import Facts
 from shoal.lab.model_workload import vouch_for_copies, with_model
+from shoal.lab.requantise import requantise
 from shoal.lab.run import run
 from shoal.units import MIB
 
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.slow
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 
-def one_device(max_tokens: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "shoal", "run", str(demo_model()), "--json", f"--max-tokens={max_tokens}"]
+def one_device(max_tokens: int, model: Path | None = None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "shoal", "run", str(model or demo_model()), "--json", f"--max-tokens={max_tokens}"]
     command += ["--temperature=0", "--seed=0", "--threads=1", "--", PROMPT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
@@ -64,3 +65,19 @@ def test_four_devices_say_what_one_says(lab_folder: Path) -> None:
 def test_four_devices_of_a_tenth_say_what_one_says_for_long(lab_folder: Path) -> None:
     assert os.environ["SHOAL_LAB_FOLDER"] == str(lab_folder)
     check(in_home4(96, scale_bytes=0.15), 96)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("lab_folder")
+def test_devices_with_less_memory_together_than_the_model_say_what_one_says(tmp_path: Path) -> None:
+    model = tmp_path / "f32.gguf"
+    size_bytes = requantise(demo_model(), model, "F32")
+    starved = msgspec.structs.replace(scenario.load("starved3"), seconds_max=100)
+    assert sum(starved.memory_bytes(name) or 0 for name in starved.devices) < size_bytes
+    asked = with_model(starved, model, PROMPT, max_tokens=16, context=256, threads=1)
+    facts = run(asked, prepare=lambda lab: vouch_for_copies(lab, model))
+    assert facts.workload_status == 0, facts.workload
+    assert facts.workload["token_ids"] == one_device(16, model)["token_ids"]
+    for device in facts.devices:
+        assert device.oom_kills == 0
+        assert device.memory_bytes_peak <= (device.memory_bytes_max or 0)

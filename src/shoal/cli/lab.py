@@ -71,6 +71,7 @@ def run(
     prompt: str = "",
     max_tokens: int = 0,
     layers: str | None = None,
+    context: int | None = None,
     threads: int | None = None,
 ) -> None:
     """Runs a scenario and reports; status 1 where its workload failed."""
@@ -78,14 +79,16 @@ def run(
     if model is not None:
         from shoal.lab.model_workload import vouch_for_copies, with_model
 
-        scenario = with_model(scenario, model, prompt, max_tokens=max_tokens, layers=layers, threads=threads)
+        scenario = with_model(
+            scenario, model, prompt, max_tokens=max_tokens, layers=layers, context=context, threads=threads
+        )
         path = model
 
         def prepare(lab: Lab) -> None:
             vouch_for_copies(lab, path)
 
-    elif layers is not None or threads is not None:
-        raise ValueError("--layers and --threads are for --model")
+    elif (layers, context, threads) != (None, None, None):
+        raise ValueError("--layers, --context and --threads are for --model")
     console = Console(stderr=True, quiet=as_json)
     _warn_of_orphans(console)
     with _ending_on_signals():

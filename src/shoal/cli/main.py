@@ -324,6 +324,7 @@ def lab_run(
     prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "Why is the sky blue? Answer in two sentences.",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     layers: Annotated[str | None, typer.Option(help="Layers per device by hand: 10,10,10.", metavar="COUNTS")] = None,
+    context: Annotated[int | None, typer.Option(min=16, help="Tokens of prompt and answer together; 4096.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -338,6 +339,7 @@ def lab_run(
         prompt=prompt,
         max_tokens=max_tokens,
         layers=layers,
+        context=context,
         threads=threads,
     )
 

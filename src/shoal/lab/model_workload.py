@@ -23,12 +23,20 @@ _CLIENT_BYTES = 96 * MIB
 
 
 def with_model(
-    scenario: Scenario, model: Path, prompt: str, *, max_tokens: int, layers: str | None = None, threads: int | None = None
+    scenario: Scenario,
+    model: Path,
+    prompt: str,
+    *,
+    max_tokens: int,
+    layers: str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
 ) -> Scenario:
     """The scenario, with shoal on its devices and a question to the first.
 
     Args:
         layers: counts per device by hand, as for `shoal run`.
+        context: tokens of prompt and answer together, as for `shoal run`.
         threads: of every device; measured if None.
 
     Raises:
@@ -42,7 +50,7 @@ def with_model(
         memory_bytes = scenario.memory_bytes(name)
         command = ["shoal", "up", f"--listen={{address}}:{PORT}", "--models={files}"]
         if memory_bytes is not None:
-            command.append(f"--memory={max(0, memory_bytes - _CLIENT_BYTES)}")
+            command.append(f"--memory={max(0, memory_bytes - (_CLIENT_BYTES if name == head else 0))}")
         if name == head:
             command += [f"--peer={{address:{other}}}:{PORT}" for other in others]
         devices[name] = msgspec.structs.replace(
@@ -51,6 +59,7 @@ def with_model(
     ask = ["shoal", "run", f"{{files}}/{model.name}", f"--agent={{address}}:{PORT}", "--json", f"--max-tokens={max_tokens}"]
     ask += ["--temperature=0", f"--seed={scenario.seed}", *([f"--layers={layers}"] if layers else [])]
     ask += [f"--threads={threads}"] if threads else []
+    ask += [f"--context={context}"] if context else []
     workload = Workload(device=head, command=[*ask, "--", prompt])
     return msgspec.structs.replace(scenario, devices=devices, workload=workload)
 
