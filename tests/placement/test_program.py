@@ -123,13 +123,17 @@ def cost(
 
     def at(cap_s: float) -> float:
         visits, prompts, disks = [], [], [0.0]
-        for each, deficit, ring_max, (token_s, prompt_s) in zip(devices, deficits, rings_max, compute, strict=True):
+        parts = zip(devices, deficits, rings_max, compute, strict=True)
+        for index, (each, deficit, ring_max, (token_s, prompt_s)) in enumerate(parts):
             read_s = 0.0
             if deficit:
                 assert each.disk is not None
                 rate = each.disk.read_bytes_per_s
                 ring = min(ring_max, max(ring_min, cap_s * rate - deficit)) if not is_alone else ring_min
                 read_s = (deficit + ring - (0 if is_alone else k * ring)) / rate
+                if index == 0 and not is_alone:
+                    in_layers = (split[0] - accelerated[0]) * shape.mean_layer_bytes
+                    read_s = max(read_s, (deficit + ring - in_layers - ring) / rate)
                 disks.append((deficit + ring) / rate)
                 prompts.append(max(prompt_s, deficit / rate if is_alone else read_s))
             else:
@@ -166,7 +170,7 @@ def test_no_plan_is_cheaper(seed: int, num_devices: int, name: str) -> None:
         devices=tuple(
             device(
                 each,
-                chance.choice([30, 45, 70, 120]),
+                chance.choice([20, 30, 45, 70, 120]),
                 layer_s=chance.choice([0.002, 0.008, 0.03]),
                 read_mb_per_s=chance.choice([0.0, 200.0, 600.0, 2000.0]),
                 accelerated=chance.choice([0, 0, 60]),
@@ -175,7 +179,7 @@ def test_no_plan_is_cheaper(seed: int, num_devices: int, name: str) -> None:
         ),
         links=links(names, [chance.choice([0.0002, 0.003, 0.02]) for _ in range(6)]),
     )
-    shape = model(chance.choice([4, 5, 6]))
+    shape = model(chance.choice([4, 5, 6]), output_mb=chance.choice([8, 40]))
     objective = OBJECTIVES[name]  # type: ignore[index]
     expected = cheapest(cluster, shape, objective, 3)
     try:

@@ -26,6 +26,8 @@ BATCH_TOKENS = 32
 STREAMING_UNITS_MIN = 2
 """The least a ring holds, in units: one is read while another is computed."""
 
+_UNITS_COUNTED = 32
+
 System = Literal["linux", "macos", "android", "windows"]
 ReadMode = Literal["direct", "nocache", "dontneed", "mapped"]
 """How weights are read past the page cache: `O_DIRECT`, `F_NOCACHE`, `POSIX_FADV_DONTNEED`, or not at all."""
@@ -156,9 +158,12 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return STREAMING_UNITS_MIN * self.largest_unit_bytes
 
 
-def units_of(num_bytes: int, model: ModelProfile) -> list[int]:
-    """A layer's (or the output projection's) bytes as the pieces in which they are streamed, nearly equal."""
-    count = max(1, math.ceil(num_bytes / model.unit_bytes))
+def units_of(num_bytes: int, model: ModelProfile, *, ring_bytes: int = 0) -> list[int]:
+    """A layer's (or the output projection's) bytes as the pieces in which they are streamed, nearly equal.
+
+    Through a ring of very many units a few are counted as one: it changes little, and predictions take far less time.
+    """
+    count = max(1, math.ceil(num_bytes / max(model.unit_bytes, ring_bytes // _UNITS_COUNTED)))
     size, rest = divmod(num_bytes, count)
     return [size + (index < rest) for index in range(count)]
 

@@ -8,6 +8,7 @@ Per fixed `k` rounds, with mean layer sizes (per device m: `W` weights on the CP
     minimise   weights . (sum P + hops of a prompt,  T,  the slowest device)
     T  >=  sum V + hops             T  >=  S_m / D_m
     V_m >= C_m                      V_m >= (S_m - k A_m) / D_m      A bytes wait at each of k visits
+    V_0 >= (S_0 - layers of the head - A_0) / D_0                   its output projection is needed in one visit
     S_m >= W_m + KV_m + A_m - room_m                                0 <= S_m <= W_m, S_m = 0 unless z_m
     2 u z_m <= A_m <= room_m z_m
     k y_m <= layers_m               accelerator layers and their cache fit its memory
@@ -274,7 +275,8 @@ class Problem:
             return None, math.inf
         best: CoarsePlan | None = None
         proved_s = 0.0
-        for _ in range(_CUTS_MAX):
+        seen: set[frozenset[int]] = set()
+        while True:
             found, proved = program.solve(gap=self.gap, cutoff_s=cutoff_s * (1 - self.gap))
             proved_s = max(proved_s, min(proved, cutoff_s * (1 - self.gap)))
             if found is None:
@@ -282,8 +284,9 @@ class Problem:
             plan, used, decode_s, prompt_s = self._ordered(k, found)
             if best is None or plan.cost_s < best.cost_s:
                 best, cutoff_s = plan, min(cutoff_s, plan.cost_s)
-            if not self.is_exact or proved_s >= best.cost_s * (1 - self.gap):
+            if not self.is_exact or proved_s >= best.cost_s * (1 - self.gap) or used in seen or len(seen) >= _CUTS_MAX:
                 break
+            seen.add(used)
             program.cut(used, decode_s, prompt_s)
         return best, proved_s
 
@@ -327,7 +330,11 @@ class Problem:
         compute_s, prompt_s = self.compute_s(share.device, share.num_layers, share.num_accelerator_layers, k)
         if not share.streamed_bytes:
             return compute_s, prompt_s
-        read_s = (share.streamed_bytes - k * share.ring_bytes) / _GB / self.terms[share.device].read_rate
+        output_bytes = 0.0
+        if share.device == 0:
+            output_bytes = share.streamed_bytes - share.num_layers * self.model.mean_layer_bytes
+        waited_bytes = max(share.streamed_bytes - k * share.ring_bytes, output_bytes - share.ring_bytes)
+        read_s = waited_bytes / _GB / self.terms[share.device].read_rate
         return max(compute_s, read_s), max(prompt_s, read_s)
 
     def _plan(
@@ -352,8 +359,8 @@ def _share(device: int, layers: int, on_accelerator: int, ring: float, streamed:
     )
 
 
-_COLUMNS = 8
-_LAYERS, _ACCELERATOR, _HOLDS, _STREAMS, _STREAMED, _RING, _VISITS, _PROMPT = range(_COLUMNS)
+_COLUMNS = 9
+_LAYERS, _ACCELERATOR, _HOLDS, _COPIES, _STREAMS, _STREAMED, _RING, _VISITS, _PROMPT = range(_COLUMNS)
 
 
 class _Program:
@@ -409,10 +416,10 @@ class _Program:
     def _add_device(self, device: int) -> None:
         problem, k = self._problem, self._k
         term, layer, cache = problem.terms[device], problem.layer, problem.cache
-        layers, accelerator, holds, streams, streamed, ring, visits, prompt = (
+        layers, accelerator, holds, copies, streams, streamed, ring, visits, prompt = (
             self._column(device, what) for what in range(_COLUMNS)
         )
-        self._integer[[layers, accelerator, holds, streams]] = True
+        self._integer[[layers, accelerator, holds, copies, streams]] = True
         can_hold = term.layers_max >= k
         can_stream = can_hold or term.is_head
         can_stream = can_stream and term.read_rate > 0 and term.room > term.ring_min
@@ -423,6 +430,7 @@ class _Program:
             (layers, num_layers_max),
             (accelerator, num_accelerator_layers_max),
             (holds, can_hold),
+            (copies, num_accelerator_layers_max > 0),
             (streams, can_stream),
             (streamed, highspy.kHighsInf if can_stream else 0.0),
             (ring, room if can_stream else 0.0),
@@ -444,16 +452,16 @@ class _Program:
             self._at_least({self._token: term.read_rate, streamed: -1.0}, 0.0)
             for column in (visits, prompt):
                 self._at_least({column: term.read_rate, streamed: -1.0, ring: float(k)}, 0.0)
+                if term.output:
+                    # What of the output projection is streamed is needed in one visit.
+                    self._at_least({column: term.read_rate, streamed: -1.0, layers: layer, ring: 1.0}, 0.0)
             self._at_least({self._slowest: term.read_rate, streamed: -1.0}, 0.0)
-        copies = {}
-        if term.copy_s and num_accelerator_layers_max:
-            # Paid in every visit of a device that holds anything, if it has an accelerator's layer there at all.
-            copies = {accelerator: -k * term.copy_s / num_accelerator_layers_max}
+        self._at_least({copies: float(num_accelerator_layers_max), accelerator: -1.0}, 0.0)
         for column, cpu_s, accelerator_s in (
             (visits, term.layer_s, term.accelerator_layer_s),
             (prompt, term.prompt_layer_s, term.accelerator_prompt_layer_s),
         ):
-            row = {column: 1.0, layers: -cpu_s, accelerator: -accelerator_s + copies.get(accelerator, 0.0)}
+            row = {column: 1.0, layers: -cpu_s, accelerator: -accelerator_s, copies: -k * term.copy_s}
             self._at_least(row, term.output_s)
         self._at_least({self._slowest: 1.0, visits: -1.0}, 0.0)
 
