@@ -110,14 +110,41 @@ def make_plan(
     Raises:
         InfeasiblePlacement: nothing fits; names the missing bytes and what would help.
     """
+    return _plan(cluster, model, objective, prompt_tokens, rounds=None)
+
+
+def plan_of_rounds(
+    rounds: Sequence[int],
+    cluster: Cluster,
+    model: ModelProfile,
+    *,
+    objective: ObjectiveName = "latency",
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> Plan:
+    """The best plan of these numbers of rounds: what others are worth is seen against it.
+
+    Raises:
+        InfeasiblePlacement: nothing fits.
+    """
+    return _plan(cluster, model, objective, prompt_tokens, rounds=tuple(rounds))
+
+
+def _plan(
+    cluster: Cluster,
+    model: ModelProfile,
+    objective: ObjectiveName,
+    prompt_tokens: int,
+    *,
+    rounds: tuple[int, ...] | None,
+) -> Plan:
     weights = OBJECTIVES[objective]
-    solution = solve(cluster, model, objective=weights, prompt_tokens=prompt_tokens)
-    mover = _Mover(cluster, model, weights, prompt_tokens)
+    solution = solve(cluster, model, objective=weights, rounds=rounds, prompt_tokens=prompt_tokens)
+    mover = _Mover(cluster, model, weights, prompt_tokens, rounds=rounds)
     drafts = [mover.draft(each) for each in _candidates(solution)]
     for split_layers in BASELINES.values():
         with contextlib.suppress(InfeasiblePlacement):
             drafts.append(mover.draft_of_split(split_layers(cluster, model)))
-    best = mover.best_of(drafts)
+    best = mover.best_of([draft for draft in drafts if rounds is None or draft.num_rounds in rounds])
     if best is None:
         raise InfeasiblePlacement(f"by true layer sizes nothing fits: {explain_shortage(cluster, model)}")
     plan = mover.describe(best, objective)
@@ -177,7 +204,16 @@ class _Lived(msgspec.Struct, frozen=True):
 class _Mover:
     """Moves drafts of one question."""
 
-    def __init__(self, cluster: Cluster, model: ModelProfile, objective: Objective, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        model: ModelProfile,
+        objective: Objective,
+        prompt_tokens: int,
+        *,
+        rounds: tuple[int, ...] | None = None,
+    ) -> None:
+        self._rounds = rounds
         self._cluster = cluster
         self._model = model
         self._objective = objective
@@ -253,7 +289,7 @@ class _Mover:
                 if source != target and (moved := self._shift(draft, source, target)) is not None:
                     yield moved
         for k in (draft.num_rounds - 1, draft.num_rounds + 1):
-            if k >= 1 and (len(parts) > 1 or k == 1):
+            if k >= 1 and (len(parts) > 1 or k == 1) and (self._rounds is None or k in self._rounds):
                 yield msgspec.structs.replace(draft, num_rounds=k)
 
     def _repairs(self, draft: _Draft) -> Iterator[_Draft]:

@@ -46,12 +46,17 @@ ROUNDS_MAX = 40
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 128
 _GAP_SMALL = 1e-3
-_GAP_LARGE = 0.012
+_GAP_LARGE = 0.016
 """Of the best value; beyond `EXACT_DEVICES_MAX` devices, where less is bought by seconds."""
 _FIRST_ROUNDS = (1, 4, 8, 2)
 """One first: of plans within the gap of each other the simplest is kept."""
+_SOLVER_SHARE = 0.5
+"""Of the gap, for each program; the rest is for those that are not solved."""
 _NODES_MAX = 2000
 _CUTS_MAX = 64
+_POTENTIALS_MAX = 8
+_WEAK = 0.05
+"""Potentials that miss as much of a set's hops are replaced by better ones."""
 _GB = 1e9
 """Bytes enter the programs in units of this, so that all figures are of about one size."""
 
@@ -75,6 +80,14 @@ OBJECTIVES: dict[ObjectiveName, Objective] = {
     "first-token": Objective(1.0, 1.0),
     "throughput": Objective(0.0, 0.01 * ANSWER_TOKENS, float(ANSWER_TOKENS)),
 }
+
+
+def parse_objective(name: str) -> ObjectiveName:
+    """Raises ValueError with the names there are."""
+    for known in OBJECTIVES:
+        if known == name:
+            return known
+    raise ValueError(f"no objective is called '{name}': {', '.join(OBJECTIVES)} are known")
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,17 +198,26 @@ def solve(
     plans = [alone] if 1 in candidates and (alone := problem.alone()) else []
     incumbent = plans[0].cost_s if plans else math.inf
     open_bounds = {k: bound for k in candidates if (bound := problem.relaxation(k)) < math.inf}
-    bound_s = incumbent
+    proved: dict[int, float] = {}
     while open_bounds:
         k = _next_rounds(open_bounds, plans)
         bound = open_bounds.pop(k)
         if bound < incumbent * (1 - problem.gap):
-            plan, proved = problem.solve(k, cutoff_s=incumbent)
-            bound = max(bound, proved)
+            plan, bound_k = problem.solve(k, cutoff_s=incumbent)
+            bound = max(bound, bound_k)
             if plan is not None:
                 plans.append(plan)
                 incumbent = min(incumbent, plan.cost_s)
-        bound_s = min(bound_s, bound)
+        proved[k] = bound
+    # With all potentials known, those that are not quite refuted are asked again.
+    for k, bound in sorted(proved.items(), key=lambda item: item[1]):
+        if bound < incumbent * (1 - 1.05 * problem.gap):
+            plan, again = problem.solve(k, cutoff_s=incumbent)
+            proved[k] = max(bound, again)
+            if plan is not None:
+                plans.append(plan)
+                incumbent = min(incumbent, plan.cost_s)
+    bound_s = min([incumbent, *proved.values()])
     if not plans:
         raise InfeasiblePlacement(explain_shortage(cluster, model))
     return Solution(plans=tuple(sorted(plans, key=lambda plan: plan.cost_s)), bound_s=min(bound_s, incumbent))
@@ -228,7 +250,8 @@ class Problem:
         self.prompt_hops = np.array(cluster.hops_s(batch_bytes)) * num_batches
         self.is_exact = len(self.terms) <= EXACT_DEVICES_MAX
         self.gap = _GAP_SMALL if self.is_exact else _GAP_LARGE
-        self._potentials = [_potentials(self.hops), _potentials(self.prompt_hops)]
+        everybody = frozenset(range(len(self.terms)))
+        self.potentials = [(_potentials(self.hops, everybody), _potentials(self.prompt_hops, everybody))]
         self._programs: dict[int, _Program | None] = {}
 
     def alone(self) -> CoarsePlan | None:
@@ -284,11 +307,23 @@ class Problem:
             plan, used, decode_s, prompt_s = self._ordered(k, found)
             if best is None or plan.cost_s < best.cost_s:
                 best, cutoff_s = plan, min(cutoff_s, plan.cost_s)
+            self._learn_potentials(used, decode_s, prompt_s, k)
             if not self.is_exact or proved_s >= best.cost_s * (1 - self.gap) or used in seen or len(seen) >= _CUTS_MAX:
                 break
             seen.add(used)
             program.cut(used, decode_s, prompt_s)
         return best, proved_s
+
+    def _learn_potentials(self, used: frozenset[int], decode_s: float, prompt_s: float, k: int) -> None:
+        """Where the potentials so far are weak for this set, others that are best for it; they hold for every set."""
+        if len(used) < 2 or len(self.potentials) >= _POTENTIALS_MAX:
+            return
+        members = list(used)
+        known_s = max(k * float(decode[members].sum()) * self.objective.token for decode, _ in self.potentials)
+        known_prompt_s = max(k * float(prompt[members].sum()) * self.objective.first_token for _, prompt in self.potentials)
+        missing_s = decode_s * self.objective.token + prompt_s * self.objective.first_token - known_s - known_prompt_s
+        if missing_s > _WEAK * (known_s + known_prompt_s):
+            self.potentials.append((_potentials(self.hops, used), _potentials(self.prompt_hops, used)))
 
     def _program(self, k: int) -> _Program | None:
         if k not in self._programs:
@@ -379,8 +414,10 @@ class _Program:
         self._rows: list[tuple[dict[int, float], float, float]] = []
         self._cost = np.zeros(self._num_columns)
         self._cutoff_row: int | None = None
+        self._num_potentials = 0
         self._build()
         self._highs = self._to_highs()
+        self.sync()
 
     def _column(self, device: int, what: int) -> int:
         return _COLUMNS * device + what
@@ -407,11 +444,22 @@ class _Program:
         self._at_least({index: value for index, value in holding.items() if index != column(0, _HOLDS)}, 1.0)
         if self._k > 1:
             self._at_least(holding, 2.0)
-        for potentials, total in zip(problem._potentials, (self._hops, self._prompt_hops), strict=True):
-            # A head without layers is passed once, not in each round.
-            row = {column(device, _HOLDS): -self._k * potentials[device] for device in devices}
-            row[column(0, _HOLDS)] = -(self._k - 1) * potentials[0]
-            self._at_least({total: 1.0, **row}, float(potentials[0]))
+
+    def sync(self) -> None:
+        """Takes over potentials that were learned since."""
+        devices = range(self._num_devices)
+        for pair in self._problem.potentials[self._num_potentials :]:
+            for potentials, total in zip(pair, (self._hops, self._prompt_hops), strict=True):
+                # A head without layers is passed once, not in each round.
+                row = {self._column(device, _HOLDS): -self._k * float(potentials[device]) for device in devices}
+                row[self._column(0, _HOLDS)] = -(self._k - 1) * float(potentials[0])
+                row[total] = 1.0
+                self._add_row(row, float(potentials[0]))
+        self._num_potentials = len(self._problem.potentials)
+
+    def _add_row(self, row: dict[int, float], at_least: float) -> None:
+        indices = np.array(list(row), dtype=np.int32)
+        self._highs.addRow(at_least, highspy.kHighsInf, len(row), indices, np.array(list(row.values())))
 
     def _add_device(self, device: int) -> None:
         problem, k = self._problem, self._k
@@ -487,11 +535,12 @@ class _Program:
 
     def solve(self, *, gap: float, cutoff_s: float) -> tuple[_Found | None, float]:
         """The best below the cutoff, or None, and what is proved."""
+        self.sync()
         highs = self._highs
         columns = np.flatnonzero(self._integer).astype(np.int32)
         kinds = np.full(len(columns), highspy.HighsVarType.kInteger)
         highs.changeColsIntegrality(len(columns), columns, kinds)
-        highs.setOptionValue("mip_rel_gap", gap / 2)
+        highs.setOptionValue("mip_rel_gap", gap * _SOLVER_SHARE)
         highs.setOptionValue("mip_max_nodes", _NODES_MAX)
         if cutoff_s < math.inf:
             if self._cutoff_row is None:
@@ -525,9 +574,7 @@ class _Program:
             row = {self._column(device, _HOLDS): least_s * (-1.0 if device in used else 1.0)
                    for device in range(self._num_devices)}  # fmt: skip
             row[column] = 1.0
-            bound = least_s * (1.0 - len(used))
-            indices = np.array(list(row), dtype=np.int32)
-            self._highs.addRow(bound, highspy.kHighsInf, len(row), indices, np.array(list(row.values())))
+            self._add_row(row, least_s * (1.0 - len(used)))
 
 
 def quiet_highs() -> highspy.Highs:
@@ -547,9 +594,10 @@ def quiet_highs() -> highspy.Highs:
     return highs
 
 
-def _potentials(hops: Floats) -> Floats:
-    """p with sum over S of p <= the cheapest cycle through S, for every set S of two or more: the dual of the assignment
-    problem, whose relaxation of a tour is close where hops are mostly the sum of what their two ends cost."""
+def _potentials(hops: Floats, members: frozenset[int]) -> Floats:
+    """p with sum over S of p <= the cheapest cycle through S, for every set S of two or more, and as high as can be for
+    `members`: the dual of the assignment problem, whose relaxation of a tour is close where hops are mostly the sum of what
+    their two ends cost."""
     num_devices = len(hops)
     if num_devices < 2:
         return np.zeros(num_devices)
@@ -557,7 +605,9 @@ def _potentials(hops: Floats) -> Floats:
     model = highspy.HighsLp()
     pairs = [(i, j) for i in range(num_devices) for j in range(num_devices) if i != j]
     model.num_col_, model.num_row_ = 2 * num_devices, len(pairs)
-    model.col_cost_ = np.full(2 * num_devices, -1.0)
+    is_member = np.array([float(device in members) for device in range(num_devices)])
+    # The others as well, a little: a row of potentials that sink for them bounds nothing.
+    model.col_cost_ = -np.tile(is_member + 1e-3, 2)
     model.col_lower_ = np.full(2 * num_devices, -highspy.kHighsInf)
     model.col_upper_ = np.full(2 * num_devices, highspy.kHighsInf)
     model.row_lower_ = np.full(len(pairs), -highspy.kHighsInf)
@@ -572,7 +622,7 @@ def _potentials(hops: Floats) -> Floats:
     left, right = values[:num_devices], values[num_devices:]
     # Repairs the solver's tolerance, so that the bound is one.
     excess = max(left[i] + right[j] - hops[i, j] for i, j in pairs)
-    return np.asarray(left + right - max(0.0, excess))
+    return np.asarray(left + right - max(0.0, excess))  # unbounded it is not: each u and v is under every hop's v and u
 
 
 def best_order(
