@@ -194,42 +194,57 @@ def solve(
         InfeasiblePlacement: names the missing bytes and what would help.
     """
     problem = Problem(cluster, model, objective=objective, prompt_tokens=prompt_tokens)
-    candidates = rounds or range(1, min(ROUNDS_MAX, model.num_layers) + 1)
-    plans = [alone] if 1 in candidates and (alone := problem.alone()) else []
-    incumbent = plans[0].cost_s if plans else math.inf
-    open_bounds = {k: bound for k in candidates if (bound := problem.relaxation(k)) < math.inf}
-    proved: dict[int, float] = {}
-    while open_bounds:
-        k = _next_rounds(open_bounds, plans)
-        bound = open_bounds.pop(k)
-        if bound < incumbent * (1 - problem.gap):
-            plan, bound_k = problem.solve(k, cutoff_s=incumbent)
+    search = _Search(problem, list(rounds or range(1, min(ROUNDS_MAX, model.num_layers) + 1)))
+    search.run()
+    if not search.plans:
+        raise InfeasiblePlacement(explain_shortage(cluster, model))
+    plans = sorted(search.plans, key=lambda plan: plan.cost_s)
+    return Solution(plans=tuple(plans), bound_s=min([search.incumbent_s, *search.proved.values()]))
+
+
+class _Search:
+    """Over numbers of rounds: a few far apart, then beside the best as long as that is new, then all others are refuted."""
+
+    def __init__(self, problem: Problem, rounds: list[int]) -> None:
+        self._problem = problem
+        self.plans: list[CoarsePlan] = []
+        if 1 in rounds and (alone := problem.alone()) is not None:
+            self.plans.append(alone)
+        self._open = {k: bound for k in rounds if (bound := problem.relaxation(k)) < math.inf}
+        self.proved: dict[int, float] = {}
+
+    @property
+    def incumbent_s(self) -> float:
+        return min((plan.cost_s for plan in self.plans), default=math.inf)
+
+    def run(self) -> None:
+        while (k := self._next()) is not None:
+            self._solve(k)
+        for k in sorted(self._open):
+            self._solve(k)
+        # With all potentials known, those that are not quite refuted are asked again.
+        for k, bound in sorted(self.proved.items(), key=lambda item: item[1]):
+            if bound < self.incumbent_s * (1 - 1.05 * self._problem.gap):
+                self._open[k] = bound
+                self._solve(k)
+
+    def _next(self) -> int | None:
+        for k in _FIRST_ROUNDS:
+            if k in self._open:
+                return k
+        if not self.plans:
+            return min(self._open, default=None)
+        best = min(self.plans, key=lambda plan: plan.cost_s).num_rounds
+        return next((k for k in (best + 1, best - 1) if k in self._open), None)
+
+    def _solve(self, k: int) -> None:
+        bound = self._open.pop(k)
+        if bound < self.incumbent_s * (1 - self._problem.gap):
+            plan, bound_k = self._problem.solve(k, cutoff_s=self.incumbent_s)
             bound = max(bound, bound_k)
             if plan is not None:
-                plans.append(plan)
-                incumbent = min(incumbent, plan.cost_s)
-        proved[k] = bound
-    # With all potentials known, those that are not quite refuted are asked again.
-    for k, bound in sorted(proved.items(), key=lambda item: item[1]):
-        if bound < incumbent * (1 - 1.05 * problem.gap):
-            plan, again = problem.solve(k, cutoff_s=incumbent)
-            proved[k] = max(bound, again)
-            if plan is not None:
-                plans.append(plan)
-                incumbent = min(incumbent, plan.cost_s)
-    bound_s = min([incumbent, *proved.values()])
-    if not plans:
-        raise InfeasiblePlacement(explain_shortage(cluster, model))
-    return Solution(plans=tuple(sorted(plans, key=lambda plan: plan.cost_s)), bound_s=min(bound_s, incumbent))
-
-
-def _next_rounds(open_bounds: dict[int, float], plans: Sequence[CoarsePlan]) -> int:
-    """A few far apart first, then beside the best so far: a good plan found early leaves the others only to be refuted."""
-    far_apart = next((k for k in _FIRST_ROUNDS if k in open_bounds), None)
-    if far_apart is not None:
-        return far_apart
-    best = min(plans, key=lambda plan: plan.cost_s).num_rounds if plans else 1
-    return min(open_bounds, key=lambda k: (abs(math.log(k / best)), k))
+                self.plans.append(plan)
+        self.proved[k] = bound
 
 
 class Problem:
@@ -415,6 +430,8 @@ class _Program:
         self._cost = np.zeros(self._num_columns)
         self._cutoff_row: int | None = None
         self._num_potentials = 0
+        self._bounded: dict[int, tuple[int, int, int]] = {}
+        """By device: the CPU layers it may hold, and the rows that know it, -1 for none."""
         self._build()
         self._highs = self._to_highs()
         self.sync()
@@ -485,6 +502,7 @@ class _Program:
         ):
             self._upper[column] = upper
         self._cost[prompt] = problem.objective.first_token
+        self._bounded[device] = (num_layers_max, len(self._rows), -1)
         self._at_least({holds: float(num_layers_max + num_accelerator_layers_max), layers: -1.0, accelerator: -1.0}, 0.0)
         self._at_least({layers: 1.0, accelerator: 1.0, holds: -float(k)}, 0.0)
         # Weights, cache and ring fit, or are streamed.
@@ -494,6 +512,7 @@ class _Program:
         self._rows.append((need, -highspy.kHighsInf, term.room - term.output if term.room >= 0 or term.is_head else room))
         if can_stream:
             self._at_least({layers: layer, streamed: -1.0}, -term.output)
+            self._bounded[device] = (num_layers_max, self._bounded[device][1], len(self._rows))
             self._at_least({streams: num_layers_max * layer + term.output, streamed: -1.0}, 0.0)
             self._at_least({ring: 1.0, streams: -term.ring_min}, 0.0)
             self._at_least({streams: room, ring: -1.0}, 0.0)
@@ -536,6 +555,8 @@ class _Program:
     def solve(self, *, gap: float, cutoff_s: float) -> tuple[_Found | None, float]:
         """The best below the cutoff, or None, and what is proved."""
         self.sync()
+        if cutoff_s < math.inf:
+            self._tighten(cutoff_s)
         highs = self._highs
         columns = np.flatnonzero(self._integer).astype(np.int32)
         kinds = np.full(len(columns), highspy.HighsVarType.kInteger)
@@ -557,6 +578,30 @@ class _Program:
         if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None, proved
         return _Found(tuple(self._read(np.array(highs.getSolution().col_value)))), proved
+
+    def _tighten(self, cutoff_s: float) -> None:
+        """Who holds so many layers that these alone cost more than the cutoff is no answer. Without it, a device that could
+        stream all layers pays for a hop only in proportion in the relaxation, and bounds are poor."""
+        problem, objective = self._problem, self._problem.objective
+        for device, (known, holds_row, streams_row) in self._bounded.items():
+            term = problem.terms[device]
+            worth_s = objective.token * term.layer_s + objective.first_token * term.prompt_layer_s
+            fixed_s = (objective.token + objective.first_token) * term.output_s
+            most = (cutoff_s - fixed_s) / worth_s
+            if objective.token and known > 0 and term.read_rate:
+                # Reading what does not fit takes a token's time at least.
+                read = cutoff_s / objective.token * term.read_rate + max(0.0, term.room) - term.output
+                most = min(most, read / (problem.layer + problem.cache))
+            layers_max = max(0, min(known, math.floor(most + 1e-6)))
+            if layers_max == known:
+                continue
+            self._bounded[device] = (layers_max, holds_row, streams_row)
+            fast = self._upper[self._column(device, _ACCELERATOR)]
+            self._highs.changeColBounds(self._column(device, _LAYERS), 0.0, float(layers_max))
+            self._highs.changeCoeff(holds_row, self._column(device, _HOLDS), float(layers_max + fast))
+            if streams_row >= 0:
+                bytes_max = layers_max * problem.layer + term.output
+                self._highs.changeCoeff(streams_row, self._column(device, _STREAMS), bytes_max)
 
     def _read(self, values: Floats) -> list[Share]:
         shares = []
@@ -590,7 +635,8 @@ def quiet_highs() -> highspy.Highs:
     # These programs are small: what prepares for large ones took half of the time.
     highs.setOptionValue("presolve", "off")
     highs.setOptionValue("mip_detect_symmetry", False)
-    highs.setOptionValue("mip_heuristic_run_feasibility_jump", False)
+    for heuristic in ("feasibility_jump", "rins", "rens", "root_reduced_cost"):
+        highs.setOptionValue(f"mip_heuristic_run_{heuristic}", False)
     return highs
 
 
