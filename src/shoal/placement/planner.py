@@ -19,7 +19,7 @@ import msgspec
 from shoal.errors import InfeasiblePlacement
 from shoal.ids import DeviceId, LayerRange
 from shoal.placement.baselines import BASELINES, BaselineName, Split
-from shoal.placement.profile import Cluster, ModelProfile
+from shoal.placement.profile import UNITS_COUNTED, Cluster, ModelProfile
 from shoal.placement.program import (
     OBJECTIVES,
     PROMPT_TOKENS,
@@ -33,12 +33,17 @@ from shoal.placement.program import (
 from shoal.placement.token_life import Life, Stage, StageLife, WindowPlan, live
 from shoal.units import format_bytes, format_seconds
 
-CANDIDATES = 3
+CANDIDATES = 5
 """Plans of the program that are moved; they lie close together, so that more only take longer."""
-_MOVED = 2
+_MOVED = 4
 """Starts, of those that fit and of those that do not yet."""
-_EVALUATIONS_MAX = 60
+_EVALUATIONS_MAX = 120
 """Per candidate: lives that are run."""
+_EVALUATIONS_MIN = 25
+_WORK_BYTES = 1000e9
+"""Streamed by all lives of a candidate."""
+_UNITS_COUNTED = 24
+"""Of a ring, while moving; what is chosen is predicted finely."""
 _WORTH = 0.001
 """A move must save as much of the cost."""
 _RING_SCALES = (0.9, 0.75, 0.5)
@@ -228,16 +233,16 @@ class _Mover:
         moved += [lived for draft in mended[:_MOVED] if (lived := self.move(draft)) is not None]
         return min(moved, key=lambda lived: lived.cost_s, default=None)
 
-    def live(self, draft: _Draft) -> _Lived:
+    def live(self, draft: _Draft, *, units_counted: int = UNITS_COUNTED) -> _Lived:
         """Raises InfeasiblePlacement where a stage does not fit."""
         plan = spread(draft.num_rounds, draft.parts, self._model)
-        life = live(plan, self._cluster, self._model, prompt_tokens=self._prompt_tokens)
+        life = live(plan, self._cluster, self._model, prompt_tokens=self._prompt_tokens, units_counted=units_counted)
         cost_s = self._objective.cost_s(first_token_s=life.first_token_s, token_s=life.token_s, slowest_s=life.slowest_s)
         return _Lived(draft, plan, life, cost_s)
 
     def _try(self, draft: _Draft) -> _Lived | None:
         try:
-            return self.live(draft)
+            return self.live(draft, units_counted=_UNITS_COUNTED)
         except InfeasiblePlacement:
             return None
 
@@ -248,7 +253,7 @@ class _Mover:
             if best is None:
                 draft = self._with_rings(draft, scale)
                 best = self._try(draft)
-        left = _EVALUATIONS_MAX
+        left = self._evaluations(best)
         improved = True
         while improved and left > 0:
             improved = False
@@ -261,6 +266,11 @@ class _Mover:
                 if left <= 0:
                     break
         return best
+
+    def _evaluations(self, lived: _Lived | None) -> int:
+        """Fewer for models of which very much is streamed: their lives are long."""
+        streamed = sum(stage.streamed_bytes for stage in lived.life.stages) if lived else 0
+        return min(_EVALUATIONS_MAX, max(_EVALUATIONS_MIN, int(_WORK_BYTES / max(1, streamed))))
 
     def _with_rings(self, draft: _Draft, scale: float) -> _Draft:
         parts = [
@@ -352,7 +362,8 @@ class _Mover:
         lived = self.move(_Draft(1, (_Part(0, num_layers, fast, self._model.ring_bytes_min),)), rings_only=True)
         return lived.life.token_s if lived else None
 
-    def describe(self, lived: _Lived, objective: ObjectiveName) -> Plan:
+    def describe(self, moved: _Lived, objective: ObjectiveName) -> Plan:
+        lived = self.live(moved.draft)
         used = {stage.device for stage in lived.plan.stages}
         return Plan(
             model=self._model.name,

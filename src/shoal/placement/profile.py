@@ -26,7 +26,8 @@ BATCH_TOKENS = 32
 STREAMING_UNITS_MIN = 2
 """The least a ring holds, in units: one is read while another is computed."""
 
-_UNITS_COUNTED = 32
+UNITS_COUNTED = 32
+"""Units of a ring that predictions tell apart."""
 
 System = Literal["linux", "macos", "android", "windows"]
 ReadMode = Literal["direct", "nocache", "dontneed", "mapped"]
@@ -158,12 +159,12 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return STREAMING_UNITS_MIN * self.largest_unit_bytes
 
 
-def units_of(num_bytes: int, model: ModelProfile, *, ring_bytes: int = 0) -> list[int]:
+def units_of(num_bytes: int, model: ModelProfile, *, ring_bytes: int = 0, units_counted: int = UNITS_COUNTED) -> list[int]:
     """A layer's (or the output projection's) bytes as the pieces in which they are streamed, nearly equal.
 
     Through a ring of very many units a few are counted as one: it changes little, and predictions take far less time.
     """
-    count = max(1, math.ceil(num_bytes / max(model.unit_bytes, ring_bytes // _UNITS_COUNTED)))
+    count = max(1, math.ceil(num_bytes / max(model.unit_bytes, ring_bytes // units_counted)))
     size, rest = divmod(num_bytes, count)
     return [size + (index < rest) for index in range(count)]
 

@@ -21,7 +21,7 @@ import msgspec
 
 from shoal.errors import InfeasiblePlacement
 from shoal.ids import DeviceId, LayerRange
-from shoal.placement.profile import Cluster, DeviceProfile, ModelProfile, units_of
+from shoal.placement.profile import UNITS_COUNTED, Cluster, DeviceProfile, ModelProfile, units_of
 from shoal.placement.window import ByteRing
 from shoal.units import format_bytes
 
@@ -102,7 +102,10 @@ class _Piece(msgspec.Struct, frozen=True):
 class _Track:
     """One stage as it runs."""
 
-    def __init__(self, stage: Stage, device: DeviceProfile, model: ModelProfile, *, is_head: bool) -> None:
+    def __init__(
+        self, stage: Stage, device: DeviceProfile, model: ModelProfile, *, is_head: bool, units_counted: int
+    ) -> None:
+        self._units_counted = units_counted
         self.stage = stage
         self._device = device
         self._model = model
@@ -140,14 +143,16 @@ class _Track:
             units = []
             for layer in range(window.first, window.stop - fast):
                 layer_s = device.times.layer_s * model.layer_bytes[layer] / mean
-                pieces = units_of(model.layer_bytes[layer], model, ring_bytes=stage.ring_bytes)
+                pieces = units_of(
+                    model.layer_bytes[layer], model, ring_bytes=stage.ring_bytes, units_counted=self._units_counted
+                )
                 units += [(piece, layer_s * piece / model.layer_bytes[layer]) for piece in pieces]
             windows.append(units)
             self.cache_bytes += (len(window) - fast) * model.cache_bytes_per_layer
             on_accelerator = model.layer_bytes[window.stop - fast : window.stop]
             self.accelerator_bytes += sum(on_accelerator) + fast * model.cache_bytes_per_layer
         if self._is_head and model.output_bytes:
-            pieces = units_of(model.output_bytes, model, ring_bytes=stage.ring_bytes)
+            pieces = units_of(model.output_bytes, model, ring_bytes=stage.ring_bytes, units_counted=self._units_counted)
             windows.append([(piece, device.times.output_s * piece / model.output_bytes) for piece in pieces])
         else:
             windows.append([])
@@ -260,15 +265,25 @@ def _choose(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[lis
     return pieces, tails_s, streamed
 
 
-def live(plan: WindowPlan, cluster: Cluster, model: ModelProfile, *, prompt_tokens: int) -> Life:
+def live(
+    plan: WindowPlan,
+    cluster: Cluster,
+    model: ModelProfile,
+    *,
+    prompt_tokens: int,
+    units_counted: int = UNITS_COUNTED,
+) -> Life:
     """Runs a prompt and tokens until they are steady.
+
+    Args:
+        units_counted: how finely a ring is told apart, at most; fewer are faster and a little pessimistic.
 
     Raises:
         InfeasiblePlacement: a stage does not fit, with the missing bytes.
     """
     num_stages = len(plan.stages)
     tracks = [
-        _Track(stage, cluster.devices[stage.device], model, is_head=index == num_stages - 1)
+        _Track(stage, cluster.devices[stage.device], model, is_head=index == num_stages - 1, units_counted=units_counted)
         for index, stage in enumerate(plan.stages)
     ]
     walk = _walk(plan)
