@@ -12,11 +12,11 @@ from shoal.placement.baselines import BASELINES
 from shoal.placement.planner import Plan, _deal, _fill, make_plan, plan_baseline
 from shoal.placement.scenario import SHAPES, draw_scenario
 
-SEEDS = range(10)
+SEEDS = range(8)
 
 
 def plan_of(seed: int) -> Plan | None:
-    scenario = draw_scenario(random.Random(seed), shape=SHAPES[seed % 4], num_devices=2 + seed % 4)
+    scenario = draw_scenario(random.Random(seed), shape=SHAPES[seed % 3], num_devices=2 + seed % 4)
     try:
         return make_plan(scenario.cluster, scenario.model)
     except InfeasiblePlacement:
@@ -26,7 +26,7 @@ def plan_of(seed: int) -> Plan | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_plans_hold_what_they_promise(seed: int) -> None:
-    scenario = draw_scenario(random.Random(seed), shape=SHAPES[seed % 4], num_devices=2 + seed % 4)
+    scenario = draw_scenario(random.Random(seed), shape=SHAPES[seed % 3], num_devices=2 + seed % 4)
     plan = plan_of(seed)
     assert plan is not None
     # Every layer once, in the order in which a token passes.
@@ -57,7 +57,7 @@ def test_plans_hold_what_they_promise(seed: int) -> None:
 
 
 def test_plans_are_the_same_for_the_same_question() -> None:
-    assert plan_of(3) == plan_of(3)
+    assert plan_of(2) == plan_of(2)
 
 
 @pytest.mark.parametrize(("count", "rounds"), [(7, 3), (2, 5), (80, 9), (5, 5), (0, 4)])
