@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.cli.client import DEFAULT_PORT, agent_address, answers
+from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, measure_cluster, model_profile
 from shoal.errors import CannotWrite, InfeasiblePlacement
 from shoal.placement.baselines import BASELINES
 from shoal.placement.planner import Plan, PlannedStage, make_plan, plan_baseline
 from shoal.placement.profile import Cluster, ModelProfile, decode_cluster
 from shoal.placement.program import ANSWER_TOKENS, PROMPT_TOKENS, ObjectiveName
-from shoal.runtime.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, measure_cluster, model_profile
 from shoal.runtime.model_store import ModelStore
 from shoal.units import format_bytes, format_seconds
 

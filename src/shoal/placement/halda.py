@@ -35,8 +35,8 @@ import msgspec
 import numpy as np
 
 from shoal.ids import DeviceId
+from shoal.placement.highs import quiet_highs
 from shoal.placement.profile import Cluster, DeviceProfile, ModelProfile
-from shoal.placement.program import quiet_highs
 
 SLOW_DISK_BYTES_PER_S = 0.1e9
 """Whoever reads more slowly is never made to reread weights."""

@@ -27,9 +27,9 @@ from shoal.placement.program import (
     Objective,
     ObjectiveName,
     Solution,
-    explain_shortage,
     solve,
 )
+from shoal.placement.shortage import explain_shortage
 from shoal.placement.token_life import Life, Stage, StageLife, WindowPlan, live
 from shoal.units import format_bytes, format_seconds
 

@@ -27,7 +27,6 @@ Source: the piped ring and its variables are prima.cpp's (Li et al., arXiv 2504.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -35,13 +34,13 @@ from typing import Literal
 import highspy
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from shoal.errors import InfeasiblePlacement
-from shoal.placement.profile import Cluster, DeviceProfile, ModelProfile
-from shoal.units import format_bytes
+from shoal.placement.highs import quiet_highs
+from shoal.placement.profile import Cluster, DeviceProfile, LayerTimes, ModelProfile
+from shoal.placement.ring_order import EXACT_DEVICES_MAX, Floats, best_order, cycle_potentials
+from shoal.placement.shortage import explain_shortage
 
-EXACT_DEVICES_MAX = 8
 ROUNDS_MAX = 40
 PROMPT_TOKENS = 512
 ANSWER_TOKENS = 128
@@ -61,7 +60,6 @@ _GB = 1e9
 """Bytes enter the programs in units of this, so that all figures are of about one size."""
 
 ObjectiveName = Literal["latency", "first-token", "throughput"]
-Floats = npt.NDArray[np.float64]
 
 
 class Objective(msgspec.Struct, frozen=True):
@@ -138,7 +136,7 @@ class Terms:
         self.is_head = is_head
         self.room = device.weights_room_bytes(model) / _GB
         self.layer_s = times.layer_s
-        self.prompt_layer_s = prompt_layer_s(times.prefill_layer_s, model, prompt_tokens)
+        self.prompt_layer_s = prompt_layer_s(times, model, prompt_tokens)
         self.output = is_head * model.output_bytes / _GB
         self.output_s = is_head * times.output_s
         self.read_rate = disk.read_bytes_per_s / _GB if disk else 0.0
@@ -150,7 +148,7 @@ class Terms:
         self.shares_memory = False
         if accelerator is not None:
             self.accelerator_layer_s = accelerator.times.layer_s
-            self.accelerator_prompt_layer_s = prompt_layer_s(accelerator.times.prefill_layer_s, model, prompt_tokens)
+            self.accelerator_prompt_layer_s = prompt_layer_s(accelerator.times, model, prompt_tokens)
             self.copy_s = accelerator.copy_s
             self.shares_memory = accelerator.shares_memory
             fits = int(accelerator.memory_bytes / (_GB * (layer + cache)))
@@ -170,11 +168,10 @@ class Terms:
         return self.num_layers_max + self.num_accelerator_layers_max
 
 
-def prompt_layer_s(prefill_layer_s: object, model: ModelProfile, prompt_tokens: int) -> float:
+def prompt_layer_s(times: LayerTimes, model: ModelProfile, prompt_tokens: int) -> float:
     """Seconds of one layer for a whole prompt, in micro-batches."""
-    assert callable(prefill_layer_s)
     full, rest = divmod(prompt_tokens, model.micro_batch)
-    return float(full * prefill_layer_s(model.micro_batch) + (prefill_layer_s(rest) if rest else 0.0))
+    return full * times.prefill_layer_s(model.micro_batch) + (times.prefill_layer_s(rest) if rest else 0.0)
 
 
 def solve(
@@ -266,7 +263,7 @@ class Problem:
         self.is_exact = len(self.terms) <= EXACT_DEVICES_MAX
         self.gap = _GAP_SMALL if self.is_exact else _GAP_LARGE
         everybody = frozenset(range(len(self.terms)))
-        self.potentials = [(_potentials(self.hops, everybody), _potentials(self.prompt_hops, everybody))]
+        self.potentials = [(cycle_potentials(self.hops, everybody), cycle_potentials(self.prompt_hops, everybody))]
         self._programs: dict[int, _Program | None] = {}
 
     def alone(self) -> CoarsePlan | None:
@@ -338,7 +335,7 @@ class Problem:
         known_prompt_s = max(k * float(prompt[members].sum()) * self.objective.first_token for _, prompt in self.potentials)
         missing_s = decode_s * self.objective.token + prompt_s * self.objective.first_token - known_s - known_prompt_s
         if missing_s > _WEAK * (known_s + known_prompt_s):
-            self.potentials.append((_potentials(self.hops, used), _potentials(self.prompt_hops, used)))
+            self.potentials.append((cycle_potentials(self.hops, used), cycle_potentials(self.prompt_hops, used)))
 
     def _program(self, k: int) -> _Program | None:
         if k not in self._programs:
@@ -620,150 +617,3 @@ class _Program:
                    for device in range(self._num_devices)}  # fmt: skip
             row[column] = 1.0
             self._add_row(row, least_s * (1.0 - len(used)))
-
-
-def quiet_highs() -> highspy.Highs:
-    """A solver that prints nothing and uses one thread: plans are made beside running models.
-
-    The base class, because `Highs.__init__` prints a banner before any option can be set (highspy 1.16).
-    """
-    base: type[highspy.Highs] = highspy.Highs.__mro__[1]
-    highs = base()
-    highs.setOptionValue("output_flag", False)
-    highs.setOptionValue("threads", 1)
-    highs.setOptionValue("parallel", "off")
-    # These programs are small: what prepares for large ones took half of the time.
-    highs.setOptionValue("presolve", "off")
-    highs.setOptionValue("mip_detect_symmetry", False)
-    for heuristic in ("feasibility_jump", "rins", "rens", "root_reduced_cost"):
-        highs.setOptionValue(f"mip_heuristic_run_{heuristic}", False)
-    return highs
-
-
-def _potentials(hops: Floats, members: frozenset[int]) -> Floats:
-    """p with sum over S of p <= the cheapest cycle through S, for every set S of two or more, and as high as can be for
-    `members`: the dual of the assignment problem, whose relaxation of a tour is close where hops are mostly the sum of what
-    their two ends cost."""
-    num_devices = len(hops)
-    if num_devices < 2:
-        return np.zeros(num_devices)
-    highs = quiet_highs()
-    model = highspy.HighsLp()
-    pairs = [(i, j) for i in range(num_devices) for j in range(num_devices) if i != j]
-    model.num_col_, model.num_row_ = 2 * num_devices, len(pairs)
-    is_member = np.array([float(device in members) for device in range(num_devices)])
-    # The others as well, a little: a row of potentials that sink for them bounds nothing.
-    model.col_cost_ = -np.tile(is_member + 1e-3, 2)
-    model.col_lower_ = np.full(2 * num_devices, -highspy.kHighsInf)
-    model.col_upper_ = np.full(2 * num_devices, highspy.kHighsInf)
-    model.row_lower_ = np.full(len(pairs), -highspy.kHighsInf)
-    model.row_upper_ = np.array([hops[i, j] * 1e3 for i, j in pairs])
-    model.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    model.a_matrix_.start_ = np.arange(0, 2 * len(pairs) + 1, 2, dtype=np.int32)
-    model.a_matrix_.index_ = np.array([index for i, j in pairs for index in (i, num_devices + j)], dtype=np.int32)
-    model.a_matrix_.value_ = np.ones(2 * len(pairs))
-    highs.passModel(model)
-    highs.run()
-    values = np.array(highs.getSolution().col_value) / 1e3
-    left, right = values[:num_devices], values[num_devices:]
-    # Repairs the solver's tolerance, so that the bound is one.
-    excess = max(left[i] + right[j] - hops[i, j] for i, j in pairs)
-    return np.asarray(left + right - max(0.0, excess))  # unbounded it is not: each u and v is under every hop's v and u
-
-
-def best_order(
-    others: Sequence[int],
-    k: int,
-    *,
-    head_holds_layers: bool,
-    hops: Floats,
-    prompt_hops: Floats,
-    weights: tuple[float, float],
-) -> tuple[tuple[int, ...], float, float, tuple[float, float]]:
-    """The order of the devices between two visits of the head (index 0) that costs least by `weights`.
-
-    Returns:
-        The order, its hops of a token and of a prompt, and the least that any order has of each.
-    """
-    orders = np.array(
-        list(itertools.permutations(others)) if len(others) < EXACT_DEVICES_MAX else [_insert(others, hops, k)],
-        dtype=np.int64,
-    )
-    totals = [_cycle_s(orders, k, head_holds_layers=head_holds_layers, hops=each) for each in (hops, prompt_hops)]
-    best = int(np.argmin(weights[0] * totals[0] + weights[1] * totals[1]))
-    order = tuple(int(index) for index in orders[best])
-    return order, float(totals[0][best]), float(totals[1][best]), (float(totals[0].min()), float(totals[1].min()))
-
-
-def _cycle_s(orders: npt.NDArray[np.int64], k: int, *, head_holds_layers: bool, hops: Floats) -> Floats:
-    """Hops of a token, [num_orders]."""
-    inner = hops[orders[:, :-1], orders[:, 1:]].sum(axis=1)
-    through_head = hops[orders[:, -1], 0] + hops[0, orders[:, 0]]
-    past_head = hops[orders[:, -1], orders[:, 0]]
-    between = (k - 1) * (through_head if head_holds_layers else past_head)
-    return np.asarray(k * inner + between + through_head)
-
-
-def _insert(others: Sequence[int], hops: Floats, k: int) -> list[int]:
-    """A good order of many: each inserted where it costs least, then moved as long as that helps."""
-    del k
-    tour = [0]
-    for device in others:
-        tour = _cheapest_insertion(tour, device, hops)
-    for _ in range(len(others)):
-        before_s = _tour_s(tour, hops)
-        for device in others:
-            without = [each for each in tour if each != device]
-            tour = _cheapest_insertion(without, device, hops)
-        if _tour_s(tour, hops) >= before_s - 1e-12:
-            break
-    begin = tour.index(0)
-    return tour[begin + 1 :] + tour[:begin]
-
-
-def _cheapest_insertion(tour: list[int], device: int, hops: Floats) -> list[int]:
-    extra = [
-        hops[left, device] + hops[device, right] - hops[left, right]
-        for left, right in zip(tour, [*tour[1:], tour[0]], strict=True)
-    ]
-    position = int(np.argmin(extra)) + 1
-    return [*tour[:position], device, *tour[position:]]
-
-
-def _tour_s(tour: list[int], hops: Floats) -> float:
-    return float(sum(hops[left, right] for left, right in zip(tour, [*tour[1:], tour[0]], strict=True)))
-
-
-def explain_shortage(cluster: Cluster, model: ModelProfile) -> str:
-    """What is missing, in bytes, and what would help."""
-    cache_bytes, num_layers = model.cache_bytes_per_layer, model.num_layers
-    needed = sum(model.layer_bytes) + num_layers * cache_bytes + model.output_bytes
-    rooms, streams = [], False
-    for device in cluster.devices:
-        room = device.weights_room_bytes(model)
-        if device.accelerator and not device.accelerator.shares_memory and room >= 0:
-            room += device.accelerator.memory_bytes
-        rooms.append(max(0, room))
-        streams = streams or device.disk is not None
-    free = ", ".join(f"{device.id} {format_bytes(room)}" for device, room in zip(cluster.devices, rooms, strict=True))
-    head_room = cluster.head.weights_room_bytes(model)
-    head_need = model.ring_bytes_min if cluster.head.disk else model.output_bytes
-    if head_room < head_need:
-        return (
-            f"{cluster.head.id} takes the request and lacks {format_bytes(head_need - head_room)} for its output projection "
-            "and working memory: allow it that much more (--memory), or ask a device with more memory"
-        )
-    if streams:
-        # Weights can be read from disk; what must stay are the cache and a ring on each device.
-        needed = num_layers * cache_bytes + len(cluster.devices) * model.ring_bytes_min
-        missing = max(needed - sum(rooms), cache_bytes)
-        return (
-            f"the KV cache of {model.context} tokens and room to stream take {format_bytes(needed)}, free are {free}: "
-            f"about {format_bytes(missing)} are missing; use a shorter --context, raise --memory, or add a device"
-        )
-    missing = max(needed - sum(rooms), int(model.mean_layer_bytes) + cache_bytes)
-    return (
-        f"{model.name} takes {format_bytes(needed)} with {model.context} tokens of context, free are {free}, and no device "
-        f"can stream weights: about {format_bytes(missing)} are missing; use a smaller quantisation or --context, raise "
-        "--memory, or add a device"
-    )
