@@ -94,6 +94,88 @@ def test_rounds_hide_reads_behind_the_others(k: int, slots: int, expected_s: flo
     assert life.token_s == pytest.approx(expected_s, rel=0.12)
 
 
+def played_s(plan: WindowPlan, cluster: Cluster, shape: ModelProfile, streamed: list[list[set[int]]], hop_s: float) -> float:
+    """The same life played event by event, with readers as processes of their own; units are layers, a ring counts them.
+
+    Args:
+        streamed: per stage and window, which of the window's layers are.
+    """
+    unit = shape.layer_bytes[0]
+    layer_s = cluster.devices[0].times.layer_s
+    rate = 6e8
+    slots = [stage.ring_bytes // unit for stage in plan.stages]
+    num_read, num_used = [0] * len(slots), [0] * len(slots)
+    reading_until: list[float | None] = [None] * len(slots)
+    walk = [(stage, window) for window in range(plan.num_rounds) for stage in range(len(slots))]
+    now_s, token_ends = 0.0, []
+
+    def start_readers() -> None:
+        for stage, until in enumerate(reading_until):
+            if until is None and any(any(w) for w in streamed[stage]) and num_read[stage] - num_used[stage] < slots[stage]:
+                reading_until[stage] = now_s + unit / rate
+
+    def wait_until(deadline_s: float | None, stage: int | None) -> None:
+        """Lets time pass to the deadline, or until the stage has its next unit."""
+        nonlocal now_s
+        while True:
+            start_readers()
+            if stage is not None and num_read[stage] > num_used[stage]:
+                return
+            ends = [until for until in reading_until if until is not None]
+            next_s = min([*ends, *([] if deadline_s is None else [deadline_s])])
+            now_s = max(now_s, next_s)
+            for index, until in enumerate(reading_until):
+                if until is not None and until <= now_s + 1e-15:
+                    reading_until[index] = None
+                    num_read[index] += 1
+            if deadline_s is not None and now_s >= deadline_s - 1e-15:
+                start_readers()
+                return
+
+    for _ in range(12):
+        for stage, window in walk:
+            wait_until(now_s + hop_s, None)
+            for layer in range(len(plan.stages[stage].windows[window])):
+                is_streamed = layer in streamed[stage][window]
+                if is_streamed:
+                    wait_until(None, stage)
+                wait_until(now_s + layer_s, None)
+                if is_streamed:
+                    num_used[stage] += 1
+        wait_until(now_s + 0.001, None)  # the output
+        token_ends.append(now_s)
+    return token_ends[-1] - token_ends[-2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_recurrence_is_what_readers_and_stages_do(seed: int) -> None:
+    chance = random.Random(seed)
+    k, num_devices = chance.choice([1, 2, 3]), chance.choice([2, 3])
+    per_window, slots, hop_s = chance.choice([4, 5, 8]), chance.choice([2, 3]), chance.choice([0.001, 0.03])
+    num_layers = num_devices * k * per_window
+    num_resident = chance.randrange(0, per_window * k - slots)
+    room_mb = 25 * (num_resident + slots)
+    layer_s = chance.choice([0.005, 0.03, 0.06])
+    cluster = ring(num_devices, room_mb, layer_s=layer_s, hop_s=hop_s)
+    shape = model(num_layers)
+    plan = even(num_devices, num_layers, k, 25 * slots)
+    life = live(plan, cluster, shape, prompt_tokens=1)
+    # The units that stream are dealt as evenly as `live` deals them.
+    streamed = []
+    num_streamed = life.stages[0].streamed_bytes // (25 * MB)
+    for _ in range(num_devices):
+        owed = 0.0
+        chosen: list[int] = []
+        for index in range(per_window * k):
+            owed += num_streamed / (per_window * k)
+            left = per_window * k - index - 1
+            if len(chosen) < num_streamed and (owed >= 0.5 or num_streamed - len(chosen) > left):
+                chosen.append(index)
+                owed -= 1
+        streamed.append([{i - w * per_window for i in chosen if i // per_window == w} for w in range(k)])
+    assert life.token_s == pytest.approx(played_s(plan, cluster, shape, streamed, hop_s), rel=0.01)
+
+
 def test_what_stays_what_streams_and_the_ring_fill_the_room() -> None:
     life = live(even(3, 66, 2, 60), ring(3, 300, layer_s=0.001), model(66, unit_mb=4), prompt_tokens=1)
     for stage in life.stages:

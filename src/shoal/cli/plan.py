@@ -130,6 +130,9 @@ def _print(answer: Answer, profile: ModelProfile) -> None:
         f"{1 / made.token_s:.3g} tokens/s, of which hops take {made.wire_s / made.token_s:.0%}",
         highlight=False,
     )
+    if made.objective == "throughput":
+        slowest_s = max(max(stage.life.compute_s, stage.life.read_s) for stage in made.stages)
+        console.print(f"the slowest stage would allow {1 / slowest_s:.3g} tokens/s to many requests", highlight=False)
     if made.reads_per_prompt > 1:
         console.print(f"streamed weights are read {made.reads_per_prompt} times for a prompt", highlight=False)
     for left in made.left_out:

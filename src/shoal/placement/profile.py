@@ -152,7 +152,8 @@ class ModelProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def largest_unit_bytes(self) -> int:
-        return max(unit for num_bytes in (*self.layer_bytes, self.output_bytes or 1) for unit in units_of(num_bytes, self))
+        sizes = {*self.layer_bytes, self.output_bytes or 1}
+        return max(units_of(num_bytes, self)[0] for num_bytes in sizes)
 
     @property
     def ring_bytes_min(self) -> int:

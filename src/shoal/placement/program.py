@@ -552,20 +552,19 @@ class _Program:
     def solve(self, *, gap: float, cutoff_s: float) -> tuple[_Found | None, float]:
         """The best below the cutoff, or None, and what is proved."""
         self.sync()
+        highs = self._highs
         if cutoff_s < math.inf:
             self._tighten(cutoff_s)
-        highs = self._highs
-        columns = np.flatnonzero(self._integer).astype(np.int32)
-        kinds = np.full(len(columns), highspy.HighsVarType.kInteger)
-        highs.changeColsIntegrality(len(columns), columns, kinds)
-        highs.setOptionValue("mip_rel_gap", gap * _SOLVER_SHARE)
-        highs.setOptionValue("mip_max_nodes", _NODES_MAX)
-        if cutoff_s < math.inf:
             if self._cutoff_row is None:
                 used = np.flatnonzero(self._cost).astype(np.int32)
                 self._cutoff_row = highs.getNumRow()
                 highs.addRow(-highspy.kHighsInf, cutoff_s, len(used), used, self._cost[used])
             highs.changeRowBounds(self._cutoff_row, -highspy.kHighsInf, cutoff_s)
+        columns = np.flatnonzero(self._integer).astype(np.int32)
+        kinds = np.full(len(columns), highspy.HighsVarType.kInteger)
+        highs.changeColsIntegrality(len(columns), columns, kinds)
+        highs.setOptionValue("mip_rel_gap", gap * _SOLVER_SHARE)
+        highs.setOptionValue("mip_max_nodes", _NODES_MAX)
         highs.run()
         status = highs.getModelStatus()
         if status == highspy.HighsModelStatus.kInfeasible:
