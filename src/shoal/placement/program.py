@@ -207,7 +207,7 @@ class _Search:
         self.plans: list[CoarsePlan] = []
         if 1 in rounds and (alone := problem.alone()) is not None:
             self.plans.append(alone)
-        self._open = {k: bound for k in rounds if (bound := problem.relaxation(k)) < math.inf}
+        self._open = set(rounds)
         self.proved: dict[int, float] = {}
 
     @property
@@ -222,7 +222,6 @@ class _Search:
         # With all potentials known, those that are not quite refuted are asked again.
         for k, bound in sorted(self.proved.items(), key=lambda item: item[1]):
             if bound < self.incumbent_s * (1 - 1.05 * self._problem.gap):
-                self._open[k] = bound
                 self._solve(k)
 
     def _next(self) -> int | None:
@@ -235,13 +234,11 @@ class _Search:
         return next((k for k in (best + 1, best - 1) if k in self._open), None)
 
     def _solve(self, k: int) -> None:
-        bound = self._open.pop(k)
-        if bound < self.incumbent_s * (1 - self._problem.gap):
-            plan, bound_k = self._problem.solve(k, cutoff_s=self.incumbent_s)
-            bound = max(bound, bound_k)
-            if plan is not None:
-                self.plans.append(plan)
-        self.proved[k] = bound
+        self._open.discard(k)
+        plan, bound = self._problem.solve(k, cutoff_s=self.incumbent_s)
+        if plan is not None:
+            self.plans.append(plan)
+        self.proved[k] = max(bound, self.proved.get(k, 0.0))
 
 
 class Problem:
@@ -297,11 +294,6 @@ class Problem:
         token_s = layers * term.layer_s + on_accelerator * term.accelerator_layer_s + term.output_s + copies_s
         prompt_s = layers * term.prompt_layer_s + on_accelerator * term.accelerator_prompt_layer_s + term.output_s + copies_s
         return token_s, prompt_s
-
-    def relaxation(self, k: int) -> float:
-        """A bound for rings of two devices and more with k rounds; infinite where there is none."""
-        program = self._program(k)
-        return program.relax() if program else math.inf
 
     def solve(self, k: int, *, cutoff_s: float) -> tuple[CoarsePlan | None, float]:
         """The best ring of k rounds that costs less than `cutoff_s`, and what no such ring costs less than."""
@@ -542,12 +534,6 @@ class _Program:
         highs = quiet_highs()
         highs.passModel(model)
         return highs
-
-    def relax(self) -> float:
-        self._highs.run()
-        if self._highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            return math.inf
-        return float(self._highs.getInfo().objective_function_value)
 
     def solve(self, *, gap: float, cutoff_s: float) -> tuple[_Found | None, float]:
         """The best below the cutoff, or None, and what is proved."""
