@@ -44,7 +44,7 @@ def test_help_names_every_verb_and_is_quick() -> None:
         started_s = time.perf_counter()
         result = shoal("--help")
         times.append(time.perf_counter() - started_s)
-    for verb in ("up", "run", "serve", "status", "demo"):
+    for verb in ("up", "run", "plan", "serve", "status", "demo"):
         assert verb in result.stdout
         assert shoal(verb, "--help").returncode == 0
     assert shoal("--version").stdout == f"shoal {__version__}\n"
@@ -53,7 +53,8 @@ def test_help_names_every_verb_and_is_quick() -> None:
 
 
 def test_heavy_libraries_wait_for_their_verb() -> None:
-    code = "import sys, shoal.cli.main; print([m for m in ('numpy', 'ggml', 'tokenizers', 'torch') if m in sys.modules])"
+    heavy = ("numpy", "ggml", "highspy", "tokenizers", "torch")
+    code = f"import sys, shoal.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

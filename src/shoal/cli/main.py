@@ -152,6 +152,54 @@ def run(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A path, owner/repo[:QUANT], or the name of a file in a model folder.")],
+    agent: AgentAddress = None,
+    peer: Peers = None,
+    models: Models = None,
+    memory: Memory = None,
+    profiles: Annotated[
+        Path | None, typer.Option(help="Plan for the devices and links of this file; nobody is asked.", metavar="FILE")
+    ] = None,
+    save_profiles: Annotated[
+        Path | None, typer.Option(help="Write what was measured, to be planned with again.", metavar="FILE")
+    ] = None,
+    context: Annotated[int | None, typer.Option(min=16, help="Tokens of prompt and answer together; 4096.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="latency (a prompt of 512 and 128 tokens), first-token, or throughput.")
+    ] = "latency",
+    compare: Annotated[bool, typer.Option("--compare", help="Halda's and the memory-proportional plan beside it.")] = False,
+    link_rate: Annotated[str, typer.Option(help="What links carry per second.", metavar="SIZE")] = "117MB",
+    json: Json = False,
+) -> None:
+    """Say who would hold which layers, how fast that would be, and why."""
+    from shoal.cli import plan as verb
+    from shoal.cli.up import agent_options
+    from shoal.placement.program import parse_objective
+    from shoal.units import parse_bytes
+
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None)
+    rate = parse_bytes(link_rate)
+    if not rate:
+        raise ValueError("--link-rate 0: links must carry something")
+    verb.plan(
+        model,
+        verb.Settings(
+            agent=agent,
+            own_agent=_own_agent_arguments(peer, models, memory),
+            model_folders=models or [],
+            profiles=profiles,
+            save_profiles=save_profiles,
+            context=context,
+            objective=parse_objective(objective),
+            compare=compare,
+            link_bytes_per_s=float(rate),
+            as_json=json,
+        ),
+    )
+
+
+@app.command()
 def serve(
     model: Annotated[
         list[str] | None,
