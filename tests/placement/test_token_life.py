@@ -82,7 +82,7 @@ def test_one_device_is_the_recurrence_of_one_device(layer_s: float, read_mb_per_
             streamed.add(load.name)
             owed -= 1
     assert len(streamed) == 13
-    expected = token_time_s(loads, streamed, ring_bytes=75 * MB, read_bytes_per_s=read_mb_per_s * MB)
+    expected = token_time_s([loads], streamed, ring_bytes=75 * MB, read_bytes_per_s=read_mb_per_s * MB)
     assert life.token_s == pytest.approx(expected, rel=0.005)
 
 
