@@ -87,7 +87,7 @@ class Bench:
             status, output, errors = lab.run("client", ask, timeout_s=300)
         finally:
             pinned_bytes = pinned.stop()
-            after = lab.usage(device)
+            after = lab.usage(device)  # of an agent and a worker that have answered and now wait
             agent.popen.terminate()
             agent.wait(20)
         if status != 0:
@@ -96,6 +96,7 @@ class Bench:
         return {
             **answer,
             "token_s": 1.0 / answer["tokens_per_s"],
+            "floor_bytes": after.pinned_bytes,
             "pinned_bytes": pinned_bytes,
             "peak_bytes": after.memory_bytes_peak,
             "page_ins": after.page_ins - before.page_ins,
@@ -137,7 +138,7 @@ def measure(lab: Lab, model: Path, *, names: Sequence[str], tokens: int) -> dict
     for name in names:
         disk_share = SCENARIOS[name]
         must_read_bytes = int(disk_share * compute_s * DISK_MB_S * 1e6)
-        cap_bytes = weights_bytes + roomy["pinned_bytes"] + cache_bytes - must_read_bytes
+        cap_bytes = weights_bytes + roomy["floor_bytes"] + cache_bytes - must_read_bytes
         lab.apply(Squeeze(device="home", memory_mib=cap_bytes / MIB))
         answer = bench.answer("home", tokens=tokens, memory_bytes=cap_bytes)
         if answer["token_ids"] != expected_ids:
