@@ -418,7 +418,9 @@ class Member:
         effects = self._snapshot() if self.ledger.applied == highest else []
         self._open, self._opened, self._is_changing, self._held = record.epoch, record.actives, False, None
         self.phase = Phase.ACTIVE
-        speeds = {member: status.samples_per_s for member, status in statuses.items()}
+        # Nobody has measured a joiner: it begins with half of what the slowest does.
+        slowest = min(status.samples_per_s for status in old.values())
+        speeds = {member: status.samples_per_s if member in old else slowest / 2 for member, status in statuses.items()}
         grouped = self.ledger.step(Grouped(record.epoch, speeds, highest, donors[0]), now_s)
         return [*effects, Open(record.epoch, record.actives), *grouped]
 
