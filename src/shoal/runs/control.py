@@ -50,13 +50,13 @@ SEND_S = 5.0
 INCARNATION = 1
 
 
-class StatusSaid(Message, frozen=True, tag="st"):
+class StatusSaid(Message, frozen=True, tag="run-status"):
     """What a member has as an epoch begins."""
 
     status: Status
 
 
-class AddressBook(Message, frozen=True, tag="ab"):
+class AddressBook(Message, frozen=True, tag="run-addresses"):
     """Where members listen, as far as the sender knows."""
 
     addresses: dict[NodeId, str]
