@@ -35,6 +35,7 @@ from shoal.transfer.shards import Manifest, Source, manifest_of, shard_bytes_for
 _LENGTH = struct.Struct("<I")
 _CONTROL_BYTES_MAX = 64 << 20
 """Of one control frame: a ledger of a million steps has about so much."""
+_CLOSE_S = 2.0
 _PIECE_BYTES = 64 * 1024
 _BEGIN_BYTES_PER_S, _BEGIN_LATENCY_S = 10e6, 0.01
 """Believed of a source that nobody measured: the transfer learns by itself."""
@@ -235,6 +236,7 @@ class Puller:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._peers: dict[NodeId, _Peer] = {}
+        self._threads: list[threading.Thread] = []
         self._name = ""
         self._core: Pull | None = None
         self._manifest: Manifest | None = None
@@ -242,9 +244,12 @@ class Puller:
         self._complete: Complete | None = None
 
     def close(self) -> None:
+        """Closes all connections; a `fetch` that is open ends."""
         with self._lock:
             for node in list(self._peers):
                 self._lose(node)
+        for thread in list(self._threads):
+            thread.join(_CLOSE_S)
 
     def forget(self, node: NodeId) -> None:
         """The donor is gone; nothing is expected of it."""
@@ -319,7 +324,9 @@ class Puller:
             return
         with self._lock:
             self._peers[node] = peer
-        threading.Thread(target=self._read, args=(node, peer), daemon=True).start()
+        thread = threading.Thread(target=self._read, args=(node, peer), daemon=True)
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        thread.start()
 
     # ---- under the lock
 

@@ -110,8 +110,6 @@ class TrainingRun:
             return False
         done = self._run.contribute(task, self._trainee.gradients(), loss_sum=self._loss_sum, clip_norm=clip_norm)
         self._task = None
-        if done is not None:
-            self._progress.show(done)
         return done is not None
 
     @property
@@ -197,6 +195,7 @@ def join(
         members_min=devices or int(os.environ.get("SHOAL_DEVICES") or 1),
     )
     progress = Progress(name, num_steps=num_steps, folder=run.folder)
+    run.on_step = progress.show
     return TrainingRun(run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress)
 
 

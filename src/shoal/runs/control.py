@@ -46,7 +46,7 @@ TIMING = Timing(lead_every_s=0.2, lease_s=1.2, suspend_s=3.0, stagger_s=0.1, ret
 KEEPALIVE_S = 0.5
 SILENCE_S = 4.0
 DIAL_AGAIN_S = 1.0
-SEND_S = 5.0
+CLOSE_S = 2.0
 INCARNATION = 1
 
 
@@ -106,6 +106,8 @@ class Control:
         self._dialling: set[str] = set()
         self._dialled_s: dict[str, float] = {}
         self._is_closed = False
+        self._sockets: set[socket.socket] = set()
+        """Those that a thread reads from; it closes them."""
         self._thread = threading.Thread(target=self._loop, name="shoal-control", daemon=True)
 
     # ---- from any thread
@@ -117,8 +119,15 @@ class Control:
         self._thread.start()
 
     def close(self) -> None:
+        """Closes all links."""
         self._queue.put(None)
-        self._thread.join(5.0)
+        self._thread.join(CLOSE_S)
+        give_up_s = time.monotonic() + CLOSE_S
+        while self._sockets and time.monotonic() < give_up_s:
+            for sock in list(self._sockets):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.005)
 
     def command(self, command: Command) -> None:
         self._queue.put(lambda: self._tell(Commanded(command)))
@@ -282,6 +291,7 @@ class Control:
 
     def _read(self, sock: socket.socket, node: NodeId, address: str) -> None:
         link = _Link(sock)
+        self._sockets.add(sock)
         self._queue.put(lambda: self._open(node, address, link))
         try:
             while True:
@@ -295,6 +305,7 @@ class Control:
         self._queue.put(lambda: self._lose(node, link))
         link.shut()
         sock.close()
+        self._sockets.discard(sock)
 
 
 def unreachable(seeds: Iterable[str]) -> DeviceUnreachable:

@@ -65,6 +65,7 @@ GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
 LOG_STEPS_MAX = 256
 POLL_S = 0.05
+SHUT_S = 2.0
 _DIGEST_BITS = 24
 """A float32 holds so many exactly."""
 _TAIL = 4
@@ -168,6 +169,8 @@ class Run:
         self.transfer_bytes = 0
         self.committed = -1
         self.is_finished = False
+        self.on_step: Callable[[StepDone], None] = lambda _: None
+        """Called with every step that is applied here, also one of which this member had no part."""
         self.warnings: list[str] = []
         self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
         self._lock = threading.RLock()
@@ -178,6 +181,7 @@ class Run:
         self._is_closed = self._is_leaving = False
         self._fatal: ShoalError | None = None
         self._wires: dict[tuple[int, NodeId], socket.socket] = {}
+        self._accepted: set[socket.socket] = set()
         self._clip_norm: float | None = None
         self._has_measured = False
         self._task: Task | None = None
@@ -192,7 +196,8 @@ class Run:
         self._port = Port(listen, self._accept)
         self.address = self._port.address
         self._begin(history if self._is_founder else None)
-        threading.Thread(target=self._nudge, daemon=True).start()
+        self._nudger = threading.Thread(target=self._nudge, daemon=True)
+        self._nudger.start()
 
     # ---- what the training loop calls
 
@@ -258,16 +263,35 @@ class Run:
         while self._has_shadows() and not self.is_finished and self.shelf.bytes_sent > sent and time.monotonic() < give_up_s:
             sent = self.shelf.bytes_sent
             time.sleep(1.0)
+        self._shut(is_orderly=True)
+
+    def _shut(self, *, is_orderly: bool) -> None:
+        """Closes all connections and ends all threads; those of the others' that wait are told first where it is orderly."""
         with self._lock:
             self._is_closed = True
             opened, self._opened = self._opened, None
+            self._changed.notify_all()
         if opened is not None and opened.exchange is not None:
+            if not is_orderly:
+                opened.exchange.abort()
             opened.exchange.close()
-        self._control.close()
         self._port.close()
+        self._control.close()
         self._puller.close()
+        with self._lock:
+            left, self._wires = self._wires, {}
+            served = list(self._accepted)
+        for sock in left.values():
+            sock.close()
+        for sock in served:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # its thread closes it
         self._disk.shutdown()
-        self._background.shutdown(wait=False, cancel_futures=True)
+        self._background.shutdown()
+        self._nudger.join()
+        give_up_s = time.monotonic() + SHUT_S
+        while self._accepted and time.monotonic() < give_up_s:
+            time.sleep(0.005)
 
     # ---- for whoever asks
 
@@ -306,7 +330,7 @@ class Run:
             self.me,
             self.settings.order,
             history=history,
-            members_min=self._members_min,
+            members_min=self._members_min if history is not None else 1,
             samples_per_s=self._samples_per_s,
         )
         self._task = self._opened = self._snapshot_step = self._mean = None
@@ -353,7 +377,17 @@ class Run:
         """A connection came in; on a thread of its own."""
         if hello.run != self.name or self._is_closed:
             sock.close()
-        elif hello.kind == "control":
+            return
+        with self._lock:
+            self._accepted.add(sock)
+        try:
+            self._serve(sock, hello)
+        finally:
+            with self._lock:
+                self._accepted.discard(sock)
+
+    def _serve(self, sock: socket.socket, hello: Hello) -> None:
+        if hello.kind == "control":
             self._control.accept(sock, hello)
         elif hello.kind == "shelf":
             self.shelf.serve(sock)
@@ -598,7 +632,9 @@ class Run:
                 self._inbox.get(timeout=0.1)()
         now_s = time.monotonic()
         step_s, self._stepped_s = now_s - self._stepped_s, now_s
-        return StepDone(task.step, self.loss, len(opened.members), compute_s, exchange_s, step_s)
+        done = StepDone(task.step, self.loss, len(opened.members), compute_s, exchange_s, step_s)
+        self.on_step(done)
+        return done
 
     def _is_over(self) -> bool:
         """All steps are applied, and a member that has seen the end is gone."""

@@ -203,7 +203,7 @@ class Member:
 
     Args:
         history: entries of all steps in the state that is here, all committed; None: there is none.
-        members_min: the first step waits for so many.
+        members_min: a founder's first epoch waits for so many.
     """
 
     def __init__(
@@ -406,7 +406,7 @@ class Member:
             if self.applied < highest:
                 self._is_behind = True
                 return [Follow(donors)]
-        if highest < 0 and len(record.actives) < self._members_min:
+        if self._ended < 0 and len(record.actives) < self._members_min:
             return self._snapshot()
         if self._history is not None:
             committed, pending = self._history[:-1], self._history[-1] if self._history else None
