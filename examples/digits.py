@@ -1,6 +1,6 @@
 """Handwritten digits (scikit-learn's, 1797 of 8 x 8 pixels) on as many devices as join.
 
-shoal train examples/digits.py --devices 3
+shoal train --devices 3 examples/digits.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A small GPT that learns the text of Python's own manual, which every Python carries (pydoc_data.topics).
 
-shoal train examples/nanogpt_pydoc.py --devices 2
+shoal train --devices 2 examples/nanogpt_pydoc.py
 """
 
 import os

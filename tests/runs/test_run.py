@@ -51,13 +51,13 @@ def test_three_together_learn_what_one_does_alone() -> None:
 
 
 def test_one_joins_one_is_killed_one_leaves() -> None:
-    founder = Member(members_min=2, num_steps=45, compute_s=0.12)
-    second = Member(peers=(founder.run.address,), num_steps=45, compute_s=0.12)
+    founder = Member(members_min=2, num_steps=45, compute_s=0.08)
+    second = Member(peers=(founder.run.address,), num_steps=45, compute_s=0.08)
     founder.wait_step(5)
-    third = Member(peers=(second.run.address,), num_steps=45, compute_s=0.12, padding=0)
+    third = Member(peers=(second.run.address,), num_steps=45, compute_s=0.08, padding=0)
     wait(lambda: len(third.done) > 3)
     assert third.done[0].step > 4
-    fourth = Member(peers=(founder.run.address,), num_steps=45, compute_s=0.12)
+    fourth = Member(peers=(founder.run.address,), num_steps=45, compute_s=0.08)
     wait(lambda: len(fourth.done) > 1)
     second.crash()
     step = founder.run._core.applied
@@ -75,13 +75,13 @@ def test_one_joins_one_is_killed_one_leaves() -> None:
 
 
 def test_the_founder_and_leader_may_die() -> None:
-    founder = Member(members_min=3, num_steps=40, compute_s=0.1)
-    others = [Member(peers=(founder.run.address,), num_steps=40, compute_s=0.1) for _ in range(2)]
+    founder = Member(members_min=3, num_steps=30, compute_s=0.08)
+    others = [Member(peers=(founder.run.address,), num_steps=30, compute_s=0.08) for _ in range(2)]
     founder.wait_step(6)
     founder.crash()
     for member in others:
         member.end()
-    check_ledger(others, 40)
+    check_ledger(others, 30)
 
 
 def test_all_are_lost_and_another_number_goes_on_from_the_checkpoint(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ _LENGTH = struct.Struct("<I")
 _CONTROL_BYTES_MAX = 64 << 20
 """Of one control frame: a ledger of a million steps has about so much."""
 _CLOSE_S = 2.0
+_LOOK_S = 0.1
+"""How often a fetch that waits looks whether it is still wanted."""
 _PIECE_BYTES = 64 * 1024
 _BEGIN_BYTES_PER_S, _BEGIN_LATENCY_S = 10e6, 0.01
 """Believed of a source that nobody measured: the transfer learns by itself."""
@@ -233,6 +235,7 @@ class Puller:
     ) -> None:
         self._dial = dial
         self._measured = measured
+        self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._peers: dict[NodeId, _Peer] = {}
@@ -264,14 +267,17 @@ class Puller:
         answer_s: float = 5.0,
         give_up: Callable[[], bool] = lambda: False,
     ) -> Fetched | None:
-        """All of `name` from whoever of `donors` has it in the version that most have. Blocks.
+        """All of `name` from whoever of `donors` has it in the version that most have. Blocks; one at a time.
 
         Donors may die meanwhile, as long as one is left.
 
         Returns:
             None where nobody has it, or where `give_up` said so: the caller asks again, perhaps others.
         """
-        wanted = sorted(donors)
+        with self._turn:
+            return None if give_up() else self._fetch(name, sorted(donors), answer_s, give_up)
+
+    def _fetch(self, name: str, wanted: list[NodeId], answer_s: float, give_up: Callable[[], bool]) -> Fetched | None:
         for node in wanted:
             self._connect(node)
         with self._lock:
@@ -280,7 +286,11 @@ class Puller:
             for node, peer in peers.items():
                 peer.answer = None
                 self._ask(node, _AskManifest(name))
-            self._changed.wait_for(lambda: all(peer.answer or peer.is_lost for peer in peers.values()), answer_s)
+            give_up_s = time.monotonic() + answer_s
+            while not all(peer.answer or peer.is_lost for peer in peers.values()):
+                if time.monotonic() > give_up_s or give_up():
+                    break
+                self._changed.wait(_LOOK_S)
             answers = {node: peer.answer for node, peer in peers.items() if isinstance(peer.answer, _Manifest)}
             roots = Counter(answer.manifest.root for answer in answers.values())
             if not roots:
@@ -305,7 +315,7 @@ class Puller:
             due_s = self._core.due_s()
             if due_s is None and self._complete is None:
                 break  # nothing is under way: all sources are quarantined
-            wait_s = min(0.1, max(0.0, due_s - time.monotonic())) if due_s is not None else 0.1
+            wait_s = min(_LOOK_S, max(0.0, due_s - time.monotonic())) if due_s is not None else _LOOK_S
             if not self._changed.wait(wait_s):
                 self._tell(TimePassed())
         complete, data = self._complete, self._data

@@ -179,7 +179,7 @@ class Run:
         self._disk = ThreadPoolExecutor(1, "shoal-disk")
         self._background = ThreadPoolExecutor(16, "shoal-background")
         self._is_closed = self._is_leaving = False
-        self._fatal: ShoalError | None = None
+        self._fatal: Exception | None = None
         self._wires: dict[tuple[int, NodeId], socket.socket] = {}
         self._accepted: set[socket.socket] = set()
         self._clip_norm: float | None = None
@@ -429,13 +429,26 @@ class Run:
                 self._end_exchange(opened, is_orderly=isinstance(event, m.StepApplied))
             self._changed.notify_all()
 
+    def _spawn(self, call: Callable[..., None], *arguments: object) -> None:
+        """On another thread; what goes wrong there that should not is raised in the caller's."""
+
+        def run() -> None:
+            try:
+                call(*arguments)
+            except Exception as error:
+                if not self._is_closed:
+                    self._fail(error)
+
+        with suppress(RuntimeError):  # it is being shut
+            self._background.submit(run)
+
     def _end_exchange(self, opened: _Open, *, is_orderly: bool) -> None:
         self._opened = None
         self._task = None
         if opened.exchange is not None:
             if not is_orderly:
                 opened.exchange.abort()
-            self._background.submit(opened.exchange.close)
+            self._spawn(opened.exchange.close)
 
     def _carry_out(self, effect: m.Effect) -> None:
         if isinstance(effect, m.Tell):
@@ -447,7 +460,7 @@ class Run:
             if self._opened is not None:
                 self._end_exchange(self._opened, is_orderly=False)
             self._opened = _Open(effect.epoch, effect.members, None)
-            self._background.submit(self._connect, self._opened)
+            self._spawn(self._connect, self._opened)
         elif isinstance(effect, Compute):
             self._task = Task(effect.epoch, effect.step, effect.part)
         elif isinstance(effect, m.Apply):
@@ -460,12 +473,12 @@ class Run:
             self._snapshot(effect.num_donors)
         elif isinstance(effect, m.PullState):
             self._errand += 1
-            self._background.submit(self._pull, effect.donors, self._errand, self._core)
+            self._spawn(self._pull, effect.donors, self._errand, self._core)
         elif isinstance(effect, m.Follow):
             self._errand += 1
-            self._background.submit(self._follow, effect.donors, self._errand, self._core)
+            self._spawn(self._follow, effect.donors, self._errand, self._core)
         elif isinstance(effect, CatchUp):
-            self._background.submit(self._follow, (effect.donor,), self._errand, self._core)
+            self._spawn(self._follow, (effect.donor,), self._errand, self._core)
         elif isinstance(effect, m.AskRecord):
             self._control.command(Attach(self.name, Attachment("exchange", str(effect.epoch), b"")))
         else:
@@ -526,7 +539,7 @@ class Run:
             time.sleep(NUDGE_S)
             self._tell(m.Nudged())
 
-    def _fail(self, error: ShoalError) -> None:
+    def _fail(self, error: Exception) -> None:
         with self._lock:
             self._fatal = self._fatal or error
             self._changed.notify_all()
@@ -769,7 +782,7 @@ class Run:
                     if self._snapshot_step is None:
                         self.shelf.take("state")
 
-            self._background.submit(put)
+            self._spawn(put)
 
         self._inbox.put(make)
 
