@@ -24,6 +24,7 @@ from shoal.transfer.pull import (
     Complete,
     Event,
     Pull,
+    Quarantine,
     Request,
     ShardCame,
     SourceFound,
@@ -235,6 +236,7 @@ class Puller:
     ) -> None:
         self._dial = dial
         self._measured = measured
+        self.quarantined: list[Quarantine] = []
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -365,6 +367,8 @@ class Puller:
                 self._ask(effect.node, _AskShard(self._name, self._manifest.version, effect.shard))
             elif isinstance(effect, Complete):
                 self._complete = effect
+            elif isinstance(effect, Quarantine):
+                self.quarantined.append(effect)
         self._changed.notify_all()
 
     # ---- on a thread per donor

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -64,6 +65,9 @@ DONATE_S = 10.0
 GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
 LOG_STEPS_MAX = 256
+SLOWER, SHARE_MIN, SHARE_MORE = 1.1, 0.1, 0.1
+"""A step that takes so many times the usual halves what donors give of their time; any other gives that much more."""
+_RECENT_STEPS = 9
 POLL_S = 0.05
 SHUT_S = 2.0
 _DIGEST_BITS = 24
@@ -182,11 +186,17 @@ class Run:
         self._fatal: Exception | None = None
         self._wires: dict[tuple[int, NodeId], socket.socket] = {}
         self._accepted: set[socket.socket] = set()
+        self._errand = 0
+        """Counts what this member was told to fetch; what belongs to another one is not applied any more."""
         self._clip_norm: float | None = None
         self._has_measured = False
         self._task: Task | None = None
         self._opened: _Open | None = None
-        self._snapshot_step: int | None = None
+        self._log_first: int | None = None
+        """The first gradient that is kept for shadows."""
+        self._log_ends: int | None = None
+        """With the first step of this epoch that counts, nobody needs them any more."""
+        self._has_snapshot = False
         self._mean: FloatArray | None = None
         self.loss: float | None = None
         self.snapshot_s = 0.0
@@ -320,6 +330,11 @@ class Run:
                 "members": len(self.members),
                 "loss": self.loss,
                 "samples_per_s": round(core.samples_per_s, 2),
+                "bytes_given": self.shelf.bytes_sent,
+                "warnings": [
+                    *self.warnings[-8:],
+                    *(f"{each.node}: {each.reason}" for each in self._puller.quarantined[-8:]),
+                ],
             }
 
     # ---- beginning
@@ -333,10 +348,14 @@ class Run:
             members_min=self._members_min if history is not None else 1,
             samples_per_s=self._samples_per_s,
         )
-        self._task = self._opened = self._snapshot_step = self._mean = None
+        self._task = self._opened = self._log_first = self._log_ends = self._mean = None
+        self._has_snapshot = False
         self._task_s = self._stepped_s = time.monotonic()
         self._kept: dict[int, FloatArray] = {}
-        self._errand = 0
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._errand += 1
+        self._goal = ""
+        self._donors: tuple[NodeId, ...] = ()
         self._last_digest = history[-1].digest if history else ""
 
     def _restored(self) -> list[Entry]:
@@ -456,7 +475,7 @@ class Run:
         elif isinstance(effect, m.Report):
             self._control.command(ReportProgress(self.name, effect.applied, effect.has_state, effect.is_ready))
         elif isinstance(effect, m.Open):
-            self._errand += 1
+            self._end_errand()
             if self._opened is not None:
                 self._end_exchange(self._opened, is_orderly=False)
             self._opened = _Open(effect.epoch, effect.members, None)
@@ -468,17 +487,17 @@ class Run:
             self._inbox.put(lambda: self._apply(step))
         elif isinstance(effect, Committed):
             self.committed = effect.entry.step
+            if self._log_ends is not None and effect.entry.epoch >= self._log_ends:
+                self._log_first = self._log_ends = None
             self._trim()
         elif isinstance(effect, m.Snapshot):
             self._snapshot(effect.num_donors)
         elif isinstance(effect, m.PullState):
-            self._errand += 1
-            self._spawn(self._pull, effect.donors, self._errand, self._core)
+            self._go_for("state", effect.donors)
         elif isinstance(effect, m.Follow):
-            self._errand += 1
-            self._spawn(self._follow, effect.donors, self._errand, self._core)
+            self._go_for("gradients", effect.donors)
         elif isinstance(effect, CatchUp):
-            self._spawn(self._follow, (effect.donor,), self._errand, self._core)
+            self._go_for("gradients", (effect.donor,))
         elif isinstance(effect, m.AskRecord):
             self._control.command(Attach(self.name, Attachment("exchange", str(effect.epoch), b"")))
         else:
@@ -645,9 +664,20 @@ class Run:
                 self._inbox.get(timeout=0.1)()
         now_s = time.monotonic()
         step_s, self._stepped_s = now_s - self._stepped_s, now_s
+        self._adapt_share(step_s)
         done = StepDone(task.step, self.loss, len(opened.members), compute_s, exchange_s, step_s)
         self.on_step(done)
         return done
+
+    def _adapt_share(self, step_s: float) -> None:
+        """What a joiner pulls must not slow training: where steps become longer, it gets less."""
+        recent = self._recent_s
+        usual_s = sorted(recent)[len(recent) // 2] if recent else step_s
+        recent.append(step_s)
+        if step_s > SLOWER * usual_s:
+            self.shelf.share = max(SHARE_MIN, self.shelf.share / 2)
+        else:
+            self.shelf.share = min(1.0, self.shelf.share + SHARE_MORE)
 
     def _is_over(self) -> bool:
         """All steps are applied, and a member that has seen the end is gone."""
@@ -763,11 +793,13 @@ class Run:
 
     def _snapshot(self, num_donors: int | None) -> None:
         if num_donors is None:
-            self._snapshot_step = None
+            # Who was a shadow until now may need gradients still, but has them once a step of this epoch counts.
+            self._has_snapshot = False
+            self._log_ends = self._core.record.epoch if self._core.record is not None else 0
             self.shelf.take("state")
-            self._trim()
             return
-        self._snapshot_step = self._core.applied
+        self._has_snapshot, self._log_ends = True, None
+        self._log_first = self._core.applied + 1
         history = list(self._core.entries)
 
         def make() -> None:
@@ -779,7 +811,7 @@ class Run:
             def put() -> None:
                 self.shelf.put("state", state, version=len(history), about=told, num_sources=num_donors)
                 with self._lock:
-                    if self._snapshot_step is None:
+                    if not self._has_snapshot:
                         self.shelf.take("state")
 
             self._spawn(put)
@@ -802,43 +834,52 @@ class Run:
         """Gradients that nobody will ask for any more."""
         applied = self._core.applied
         first = applied - 1
-        if self._snapshot_step is not None:
-            first = min(first, max(self._snapshot_step + 1, applied - LOG_STEPS_MAX))
+        if self._log_first is not None:
+            first = min(first, max(self._log_first, applied - LOG_STEPS_MAX))
         for step in [step for step in self._kept if step < first]:
             del self._kept[step]
             self.shelf.take(f"gradient/{step}")
 
     # ---- fetching, on a thread of its own
 
+    def _go_for(self, goal: str, donors: tuple[NodeId, ...]) -> None:
+        """Whoever is on this errand already goes on with it, and asks the new donors next."""
+        self._donors = donors
+        if goal != self._goal:
+            self._end_errand()
+            self._goal = goal
+            self._spawn(self._pull if goal == "state" else self._follow, self._errand, self._core)
+
+    def _end_errand(self) -> None:
+        self._errand += 1
+        self._goal = ""
+
     def _is_over_errand(self, errand: int, core: m.Member) -> bool:
         return self._is_closed or errand != self._errand or core is not self._core
 
-    def _pull(self, donors: tuple[NodeId, ...], errand: int, core: m.Member) -> None:
+    def _fetch(self, name: str, errand: int, core: m.Member) -> Fetched | None:
+        try:
+            return self._puller.fetch(name, self._donors, give_up=lambda: self._is_over_errand(errand, core))
+        except ShoalError as error:
+            self.warnings.append(str(error))
+            return None
+
+    def _pull(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
-            try:
-                fetched = self._puller.fetch("state", donors, give_up=lambda: self._is_over_errand(errand, core))
-            except ShoalError as error:
-                self.warnings.append(str(error))
-                fetched = None
+            fetched = self._fetch("state", errand, core)
             if fetched is not None:
                 self.transfer_s, self.transfer_bytes = fetched.complete.seconds, fetched.data.nbytes
                 self._inbox.put(partial(self._load, fetched, errand))
                 return
             time.sleep(POLL_S)
 
-    def _follow(self, donors: tuple[NodeId, ...], errand: int, core: m.Member) -> None:
+    def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
-            step = core.applied + 1
-            ledger = core.ledger
-            if ledger is not None and (core.open_epoch is None or self._task is not None):
+            fetched = self._fetch(f"gradient/{core.applied + 1}", errand, core)
+            if self._is_over_errand(errand, core):
                 return
-            try:
-                fetched = self._puller.fetch(f"gradient/{step}", donors, give_up=lambda: self._is_over_errand(errand, core))
-            except ShoalError as error:
-                self.warnings.append(str(error))
-                fetched = None
             if fetched is None:
-                if ledger is None:
+                if core.ledger is None:
                     self._tell(m.CaughtUp())
                 time.sleep(POLL_S)
                 continue
@@ -846,7 +887,10 @@ class Run:
             self._inbox.put(partial(self._replay, fetched, errand, done))
             while not done.wait(0.2) and not self._is_over_errand(errand, core):
                 continue
-            if ledger is not None:
+            if core.ledger is not None:
+                with self._lock:
+                    if errand == self._errand:
+                        self._end_errand()  # a member is behind by one step, and has it now
                 return
 
     # ---- disk

@@ -1,80 +1,20 @@
-"""A linear model with momentum in numpy, and a run of it on a thread: members of one run in one process."""
+"""Members of one run in one process, each on a thread, with a linear model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from shoal.exchange.pull import ByteArray
 from shoal.exchange.runner import FloatArray
+from shoal.lab.linear_model import Linear
 from shoal.runs.run import Run, StepDone
 from shoal.training.samples import SampleOrder
 
 NUM_SAMPLES, GLOBAL_BATCH = 100, 12
-DATA = np.random.default_rng(5)
-
-
-class Linear:
-    """y = x w, [size]; `num_buffers` is one: how many steps the first member has seen."""
-
-    fingerprint = "linear"
-    num_buffers = 1
-
-    def __init__(self, size: int = 50, *, padding: int = 0) -> None:
-        rng = np.random.default_rng(1)
-        self.x = rng.standard_normal((NUM_SAMPLES, size)).astype(np.float32)
-        self.y = (self.x @ rng.standard_normal(size)).astype(np.float32)
-        self.num_gradients = size + padding
-        self.w = np.zeros(size + padding, np.float32)
-        self.velocity = np.zeros(size + padding, np.float32)
-        self.seen = np.zeros(1, np.float32)
-        self.size = size
-
-    def loss_and_gradients(self, samples: list[int]) -> tuple[float, FloatArray]:
-        x, error = self.x[samples], self.x[samples] @ self.w[: self.size] - self.y[samples]
-        gradients = np.zeros(self.num_gradients, np.float32)
-        gradients[: self.size] = error @ x
-        return float(error @ error / 2), gradients
-
-    def state(self) -> tuple[ByteArray, dict[str, object]]:
-        tensors = {"velocity": self.velocity, "w": self.w, "seen": self.seen}
-        header: dict[str, Any] = {}
-        data = b""
-        for name, tensor in tensors.items():
-            offsets = [len(data), len(data) + tensor.nbytes]
-            header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
-            data += tensor.tobytes()
-        encoded = json.dumps(header).encode()
-        return np.frombuffer(struct.pack("<Q", len(encoded)) + encoded + data, np.uint8), {}
-
-    def load(self, state: ByteArray, about: dict[str, object]) -> None:
-        del about
-        (length,) = struct.unpack("<Q", state[:8].tobytes())
-        header = json.loads(state[8 : 8 + length].tobytes())
-        data = state[8 + length :]
-        for name in ("velocity", "w", "seen"):
-            first, stop = header[name]["data_offsets"]
-            setattr(self, name, data[first:stop].view(np.float32).copy() if not first % 4 else None)
-
-    def buffers(self) -> FloatArray:
-        return self.seen + 1
-
-    def apply(self, x: FloatArray, *, step: int) -> None:
-        del step
-        self.velocity = np.float32(0.9) * self.velocity + x[: self.num_gradients]
-        self.w = self.w - np.float32(0.02) * self.velocity
-        self.seen = x[self.num_gradients :].copy()
-
-    def digest(self) -> str:
-        return hashlib.sha256(self.w.tobytes() + self.velocity.tobytes() + self.seen.tobytes()).hexdigest()
 
 
 class Member:
