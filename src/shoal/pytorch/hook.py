@@ -8,11 +8,9 @@ The process group that DDP needs anyway is used once, to find each other. A rank
 other rank gets an error; nothing more is promised there.
 """
 
-from __future__ import annotations
-
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -66,7 +64,7 @@ class TreeReduce:
                 found[int.from_bytes(sock.recv(4, socket.MSG_WAITALL), "little")] = sock
         return {self._names[other]: SocketWire(sock) for other, sock in found.items()}
 
-    def __enter__(self) -> TreeReduce:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,6 +96,6 @@ class TreeReduce:
         return future
 
 
-def tree_hook(state: TreeReduce, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-    """For `register_comm_hook`; `bucket` is a `torch.distributed.GradBucket`, which has no type that mypy knows."""
+def tree_hook(state: TreeReduce, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """For `register_comm_hook`, which reads the annotations."""
     return state.submit(bucket.buffer())
