@@ -51,6 +51,11 @@ def train(settings: Settings) -> None:
     for address in (settings.listen, *settings.peers):
         parse_address(address)
     host, port = parse_address(settings.listen)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        sys.stderr.write(
+            f"shoal: {host} is reachable for others, and links of a run are neither authenticated nor encrypted yet: "
+            "use a network on which you trust everyone\n"
+        )
     if settings.devices > 1 and port == 0:
         port = _free_port(host)
     processes = []
