@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from shoal.errors import DamagedFile, DeviceRefused
+from shoal.errors import DamagedFile, DeviceRefused, DeviceUnreachable
 from shoal.lab.linear_model import Linear
 from shoal.runs import checkpoint as checkpoints
+from shoal.runs import run as run_module
 from shoal.training.samples import SampleOrder
 from tests.runs.members import GLOBAL_BATCH, NUM_SAMPLES, Member, alone, wait
 
@@ -119,6 +120,14 @@ def test_another_script_is_refused() -> None:
     assert "has 1000 steps, here 999" in str(longer.error)
     founder.run.leave()
     founder.end()
+
+
+def test_nobody_to_join_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "JOIN_S", 0.5)
+    lone = Member(peers=("127.0.0.1:1",))
+    lone.thread.join(10.0)
+    assert isinstance(lone.error, DeviceUnreachable)
+    assert str(lone.error).startswith("no member of the run answers at 127.0.0.1:1: is it started there")
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:

@@ -144,6 +144,10 @@ class Control:
         """Whether this member may act on its record now."""
         return self.core.is_running(time.monotonic())
 
+    def has_links(self) -> bool:
+        """Whether any other member is connected."""
+        return bool(self._links)
+
     # ---- on the control thread
 
     def _loop(self) -> None:

@@ -60,7 +60,7 @@ EXCHANGE_S = 600.0
 CONNECT_S = 10.0
 NUDGE_S = 0.3
 JOIN_S = 30.0
-"""Without an answer from any member for so long, a joiner gives up."""
+"""Without a link to any member for so long, a joiner gives up: nobody answers, or the run has ended."""
 DONATE_S = 10.0
 GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
@@ -217,7 +217,7 @@ class Run:
         Raises:
             ShoalError: it cannot go on here.
         """
-        began_s = time.monotonic()
+        heard_s = time.monotonic()
         while True:
             self._drain()
             if self._fatal is not None:
@@ -238,7 +238,9 @@ class Run:
                 # Nothing to compute: the run is over, or the others' share is everything.
                 self._contribute(task, None, 0.0, 0.0)
                 continue
-            if core.phase is m.Phase.OUTSIDE and not self._is_founder and time.monotonic() - began_s > JOIN_S:
+            if core.ledger is not None or self._control.has_links():
+                heard_s = time.monotonic()
+            elif time.monotonic() - heard_s > JOIN_S:
                 raise unreachable(self._peers)
             with suppress(queue.Empty):
                 self._inbox.get(timeout=0.2)()
