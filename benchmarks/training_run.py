@@ -104,7 +104,6 @@ def join() -> dict[str, Any]:
         "join_step_s": round(max(firsts), 3),
         "transfer_ratio": round(whole["transfer_s"] / least_s, 3),
         "transfer_s": round(whole["transfer_s"], 3),
-        "snapshot_s": whole["snapshot_s"],
     }
 
 
@@ -149,7 +148,11 @@ def overhead(*, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
                     )
                     for rank in range(2)
                 ]
-                outputs = [process.communicate(timeout=120)[0] for process in processes]
+                try:
+                    outputs = [process.communicate(timeout=120)[0] for process in processes]
+                finally:
+                    for process in processes:
+                        process.kill()
                 seconds[kind].append(max(json.loads(output) for output in outputs))
     ddp_s, shoal_s = (statistics.median(seconds[kind]) for kind in ("ddp", "shoal"))
     return {"overhead": round(shoal_s / ddp_s, 3), "ddp_step_s": seconds["ddp"], "shoal_step_s": seconds["shoal"]}
@@ -157,7 +160,11 @@ def overhead(*, steps: int = 150, rounds: int = 3) -> dict[str, Any]:
 
 def measure() -> dict[str, Any]:
     """All of it. Raises LabUnavailable, LabError."""
-    return {**join(), **resume(), **overhead()}
+    figures: dict[str, Any] = {}
+    for part in (join, resume, overhead):
+        figures |= part()
+        print(figures, file=sys.stderr, flush=True)
+    return figures
 
 
 if __name__ == "__main__":

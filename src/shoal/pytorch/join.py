@@ -135,6 +135,8 @@ class TrainingRun:
             rows.append(self._dataset[sample])
         # Dropout depends on the step and on which samples these are.
         _seed(self._seed, task.step, piece.first)
+        if self._device.type != "cpu":
+            torch.manual_seed(random.getrandbits(63))
         data = _to(self._collate(rows), self._device)
         x, y = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
         return Batch(x, y, task.step, samples)
@@ -205,9 +207,13 @@ def _pieces(part: Interval, size: int | None) -> list[Interval]:
 
 
 def _seed(*numbers: int) -> None:
+    """Python's and torch's chance on the processor, where samples are made.
+
+    Not `torch.manual_seed`: for every kind of device that is not in use yet, that keeps the call and its stack for later.
+    """
     mixed = random.Random(repr(numbers)).getrandbits(63)
     random.seed(mixed)
-    torch.manual_seed(mixed)
+    torch.default_generator.manual_seed(mixed)
 
 
 def _to(data: Any, device: torch.device) -> Any:

@@ -484,6 +484,7 @@ class Run:
             self._spawn(self._connect, self._opened)
         elif isinstance(effect, Compute):
             self._task = Task(effect.epoch, effect.step, effect.part)
+            self._inbox.put(_wake)
         elif isinstance(effect, m.Apply):
             step = effect.step
             self._inbox.put(lambda: self._apply(step))
@@ -564,7 +565,7 @@ class Run:
         with self._lock:
             self._fatal = self._fatal or error
             self._changed.notify_all()
-        self._inbox.put(lambda: None)
+        self._inbox.put(_wake)
 
     # ---- exchanges
 
@@ -917,6 +918,10 @@ class Run:
                 sys.stderr.write(f"shoal: {error}\n")
 
         self._disk.submit(save)
+
+
+def _wake() -> None:
+    """For who waits at an inbox: there is news elsewhere."""
 
 
 class Diverged(DeviceRefused):
