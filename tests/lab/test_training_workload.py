@@ -10,7 +10,7 @@ import pytest
 
 from shoal.lab.training_workload import Settings, Training, durations
 from shoal.runs import checkpoint as checkpoints
-from tests.lab.fixture import MakeLab
+from tests.lab.fixture import MakeLab, on_a_steady_host
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
 
@@ -21,29 +21,45 @@ COMPUTE_S = 6.0
 NUM_STEPS = 22
 
 
-def test_one_joins_one_is_killed_and_all_come_back(lab: MakeLab, tmp_path: Path) -> None:
-    members = ["a", "b", "c"]
+def joined(lab: MakeLab, folder: Path) -> tuple[Training, float]:
+    """Three train, and a fourth has had its first step; when it was started."""
     links = [{"between": [one, other], "rate_mbit_s": LAN_MBIT_S} for one, other in (("a", "b"), ("b", "c"), ("a", "c"))]
     links += [{"between": [name, "d"], "rate_mbit_s": rate} for name, rate in TO_JOINER_MBIT_S.items()]
-    cluster = lab({"devices": {name: {} for name in "abcd"}, "links": links})
-    training = Training(cluster)
-    settings = Settings(NUM_PARAMETERS, NUM_STEPS, COMPUTE_S, members_min=3, folder=str(tmp_path / "a"), checkpoint_every=4)
+    training = Training(lab({"devices": {name: {} for name in "abcd"}, "links": links}))
+    settings = Settings(NUM_PARAMETERS, NUM_STEPS, COMPUTE_S, members_min=3, folder=str(folder), checkpoint_every=4)
     training.start("a", settings)
     quiet = Settings(NUM_PARAMETERS, NUM_STEPS, COMPUTE_S, members_min=1)
     for name in "bc":
         training.start(name, quiet, peers=["a"])
     training.wait_step("a", 4, 60.0)
-    joined_s = training.steps("a")[-1].at_s
+    started_s = training.steps("a")[-1].at_s
     training.start("d", quiet, peers=["b"])
     training.wait_step("d", 0, 40.0)
+    return training, started_s
+
+
+@pytest.mark.timeout(240)
+def test_a_fourth_device_joins_and_the_others_hardly_notice(lab: MakeLab, tmp_path: Path) -> None:
+    folders = iter(range(9))
+
+    def attempt() -> None:
+        training, started_s = joined(lab, tmp_path / str(next(folders)))
+        first = training.steps("d")[0]
+        for name in "abc":
+            steps = training.steps(name)
+            usual_s = statistics.median(durations(steps, until_s=started_s))
+            # Its own first step waits for its slow links as well; that is another figure.
+            before_s = next(step.at_s for step in steps if step.step == first.step - 1)
+            assert max(durations(steps, after_s=started_s, until_s=before_s)) <= usual_s + 0.3
+        for name in "abcd":
+            training.kill(name)
+
+    on_a_steady_host(attempt, attempts=3)
+
+
+def test_one_is_killed_then_all_and_the_checkpoint_goes_on(lab: MakeLab, tmp_path: Path) -> None:
+    training, _ = joined(lab, tmp_path / "a")
     first = training.steps("d")[0]
-    bound_s = 30e6 / (sum(TO_JOINER_MBIT_S.values()) * 1e6 / 8)
-    assert first.at_s - joined_s < 8 * bound_s + 4 * COMPUTE_S
-    for name in members:
-        steps = training.steps(name)
-        usual_s = statistics.median(durations(steps, until_s=joined_s))
-        # What a joiner costs others is measured by `make bench-train`; here, that nobody waits for the whole transfer.
-        assert max(durations(steps, after_s=joined_s, until_s=first.at_s - 0.5)) < usual_s + 2 * bound_s
     training.wait_step("a", first.step + 2, 30.0)
     training.kill("c")
     step = training.steps("a")[-1].step
