@@ -25,7 +25,9 @@ def play(seed: int) -> RunWorld:
         fault = rng.choice(["join", "leave", "die", "cut"])
         veterans = world.veterans()
         others = [name for name in world.devices if name not in veterans]
-        if fault == "join" or len(veterans) < 3:
+        # Of two voters the second cannot go on without the first: it cannot tell a death from a cut.
+        voters = max((core.committed for core in world.cores.values()), key=lambda record: record.epoch).voters
+        if fault == "join" or min(len(veterans), len(set(voters) & set(world.cores))) < 3:
             world.start()
         elif fault == "die":
             world.die(rng.choice(others + veterans))
