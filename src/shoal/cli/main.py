@@ -13,7 +13,7 @@ from shoal.errors import ShoalError
 
 app = typer.Typer(
     name="shoal",
-    help="Join the devices you own into one machine that serves models too large for any of them.",
+    help="Join the devices you own into one machine that serves and trains models too large for any of them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -305,6 +305,47 @@ def demo(
     from shoal.cli import demo as verb
 
     verb.demo(prompt, num_devices=devices, max_tokens=max_tokens, model=model, num_threads=threads, as_json=json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def train(
+    script: Annotated[Path, typer.Argument(help="A Python script that calls shoal.pytorch.join.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its own arguments.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a member of the run; repeat for more. Without it, a run begins.", metavar="ADDRESS"),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(help="Address for other members, HOST:PORT; port 0 takes a free one.", metavar="ADDRESS")
+    ] = "127.0.0.1:0",
+    folder: Annotated[
+        Path | None, typer.Option(help="For checkpoints and the picture of the loss; goes on from the newest one there.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=32, help="Play so many devices on this machine.")] = 1,
+    wait_for: Annotated[
+        int | None, typer.Option(min=1, help="The first step waits for so many devices; as many as are played.")
+    ] = None,
+) -> None:
+    """Train a model with other devices. Options come before the script. Ctrl-C leaves at a step boundary."""
+    from shoal.cli import train as verb
+
+    verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for))
+
+
+@app.command()
+def runs(json: Json = False) -> None:
+    """Training runs that this device takes part in."""
+    from shoal.cli import train as verb
+
+    verb.runs(as_json=json)
+
+
+@app.command()
+def leave(run: Annotated[str, typer.Argument(help="A run of `shoal runs`.")], json: Json = False) -> None:
+    """Leave a training run at the next step boundary; the others go on."""
+    from shoal.cli import train as verb
+
+    verb.leave(run, as_json=json)
 
 
 lab_app = typer.Typer(
