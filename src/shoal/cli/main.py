@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 DEFAULT_AGENT = "127.0.0.1:7433"
+DEFAULT_MEMBERS = "0.0.0.0:7434"
 DEFAULT_HTTP = "127.0.0.1:8080"
 
 Listen = Annotated[str, typer.Option(help="Address to listen on, HOST:PORT; port 0 takes a free one.", metavar="ADDRESS")]
@@ -32,6 +33,10 @@ Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threa
 Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal status` lists them.")]
 Name = Annotated[str | None, typer.Option(help="This device's name; the host's if not given.")]
 AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to ask; {DEFAULT_AGENT} if one runs there.")]
+State = Annotated[
+    Path | None,
+    typer.Option("--state", help="Folder in which this device remembers who it is.", metavar="FOLDER", envvar="SHOAL_STATE"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -51,6 +56,26 @@ def up(
     threads: Threads = None,
     device: Device = None,
     name: Name = None,
+    state: State = None,
+    members: Annotated[
+        str | None,
+        typer.Option(help=f"Address of the links to members; {DEFAULT_MEMBERS}, 'none' for no cluster.", metavar="ADDRESS"),
+    ] = None,
+    advertise: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where members reach this device, if not at its own addresses; repeat for more.", metavar="ADDRESS"
+        ),
+    ] = None,
+    dial_only: Annotated[bool, typer.Option("--dial-only", help="Take no links: this device dials the others.")] = False,
+    durable: Annotated[bool, typer.Option("--durable", help="Acknowledge only what would survive a power cut.")] = False,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Control links run before other work, where granted.")
+    ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Write what the membership cores were told to FILE-ID-START, to be replayed.", metavar="FILE"),
+    ] = None,
     json: Json = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
@@ -59,6 +84,17 @@ def up(
 
     verb.up(
         verb.agent_options(listen, peer or [], models or [], memory, threads, device, name),
+        verb.member_options(
+            state,
+            members,
+            may_default=not peer and not until_eof,
+            name=name,
+            advertise=advertise or [],
+            dial_only=dial_only,
+            durable=durable,
+            realtime=realtime,
+            journal=journal,
+        ),
         as_json=json,
         until_eof=until_eof,
     )
@@ -210,11 +246,80 @@ def serve(
 
 
 @app.command()
-def status(agent: AgentAddress = None, json: Json = False) -> None:
-    """Devices, what they have and what they hold."""
+def status(
+    agent: AgentAddress = None,
+    state: State = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Devices, what they have and what they hold; members and links, with the age of each figure."""
     from shoal.cli import status as verb
+    from shoal.runtime.node.state import default_folder
 
-    verb.status(agent or DEFAULT_AGENT, as_json=json)
+    verb.status(agent, state or default_folder(), default_agent=DEFAULT_AGENT, watch=watch, as_json=json)
+
+
+@app.command()
+def invite(
+    state: State = None,
+    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many devices may use it.")] = 1,
+    hours: Annotated[float, typer.Option(min=0.01, max=24.0, help="How long it is good for.")] = 24.0,
+    json: Json = False,
+) -> None:
+    """Print a token by which another device joins this one's cluster."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.invite(state or default_folder(), uses=uses, hours=hours, as_json=json)
+
+
+@app.command()
+def join(
+    token: Annotated[str, typer.Argument(help="What `shoal invite` printed on a member.")],
+    state: State = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Join the cluster of the device that printed the token."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.join(state or default_folder(), token, name=name, as_json=json)
+
+
+@app.command()
+def remove(
+    device: Annotated[str, typer.Argument(help="Its name, or the beginning of its id.")],
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Take a device out of the cluster, for ever: lost, stolen, given away."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.remove(state or default_folder(), device, as_json=json)
+
+
+@app.command()
+def confirm(
+    device: Annotated[str, typer.Argument(help="Its name, or the beginning of its id.")],
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Say which device is right where more came by one invitation than it is for."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.confirm(state or default_folder(), device, as_json=json)
+
+
+@app.command()
+def leave(state: State = None, json: Json = False) -> None:
+    """Take this device out of its cluster."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.leave(state or default_folder(), as_json=json)
 
 
 @app.command()
