@@ -9,6 +9,7 @@ A line of JSON on standard input is a list, [verb, argument, ...]:
     create GROUP | enter GROUP | exit GROUP       a group of one; asks to be taken in; asks to be let go
     link GROUP SOURCE up|down                     the link from SOURCE is (not) to be used any more, as presence would find
     status                                        what `shoal status` shows
+    hold MEGABYTES                                takes that much memory in huge pages, as a worker holds its caches
     quit
 
 Each answer and each fact is a line of JSON on standard output, with the time on the clock that all processes of one
@@ -18,6 +19,7 @@ machine share. A member that is taken in as a shadow says at once that it has ca
 from __future__ import annotations
 
 import argparse
+import mmap
 import queue
 import sys
 import threading
@@ -72,6 +74,7 @@ class MemberDevice:
         self.node = node
         self.desk = desk
         self._speaker = speaker
+        self._memory: list[mmap.mmap] = []
         self._ready: set[tuple[GroupId, int]] = set()
         desk.on_joined = self._on_joined  # type: ignore[method-assign]
 
@@ -130,6 +133,16 @@ class MemberDevice:
         fact = LinkChanged(NodeId(source), self.node.me, is_up=how == "up")
         self.node.carry_out(core.step(Learned(fact), clock.now_s()))
         self.node.links.flush()
+
+    def _do_hold(self, megabytes: str) -> None:
+        num_bytes = int(megabytes) << 20
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, num_bytes, mmap.PAGESIZE):
+            memory[offset] = 1
+        self._memory.append(memory)
+        self._speaker.say("holds", num_bytes=num_bytes)
 
     def _do_status(self) -> None:
         self._speaker.say("status", **msgspec.to_builtins(self.desk.status()))

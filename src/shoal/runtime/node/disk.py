@@ -9,8 +9,8 @@ of each key counts. The file is written anew when what is outlived takes more ro
     8       2     bytes of the key
     10      ...   key, value
 
-little endian. What was written survives the end of the process at once, and a power cut some milliseconds later; with
-`is_durable` it is answered for only when it does.
+little endian. What was written survives the end of the process at once, and a power cut a fraction of a second
+later; with `is_durable` it is answered for only when it does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _HEAD = struct.Struct("<IIH")
 _SLACK_BYTES = 4 << 20
 """The file is written anew once so much of it is outlived."""
 _VALUE_BYTES_MAX = 64 << 20
+_SYNC_AFTER_S = 0.2
 _LOST_ROSTER = "roster/lost"
 """A key whose value no roster can read: so the roster's core learns that statements may be missing."""
 
@@ -76,10 +77,11 @@ class Disk:
         except OSError as error:
             raise CannotWrite(f"{self.path} cannot be written: {error.strerror or error}") from error
         with self._to_sync:
-            self._is_dirty = True
             if self.is_durable:
                 self._waiting.append(done)
-            self._to_sync.notify()
+            if not self._is_dirty:  # or it is awake already
+                self._is_dirty = True
+                self._to_sync.notify()
         if not self.is_durable:
             done()
 
@@ -172,6 +174,9 @@ class Disk:
                 self._to_sync.wait_for(lambda: self._is_dirty or self._is_closed)
                 if not self._is_dirty:
                     return
+                if not self.is_durable:
+                    # Later is soon enough, and out of the way of the answers that the write was for.
+                    self._to_sync.wait_for(lambda: self._is_closed, _SYNC_AFTER_S)
                 self._is_dirty = False
                 waiting, self._waiting = self._waiting, []
                 try:

@@ -72,7 +72,9 @@ TIMING = Timing(heartbeat_s=0.15, silence_s=0.5, witness_s=0.15)
 device is known after silence_s + heartbeat_s + witness_s at the latest, 0.8 s."""
 JOURNAL_BYTES_MAX = 256 << 20
 _LOOK_EVERY_S = 2.0
-"""How often this device looks at itself: round trips, memory, addresses."""
+"""How often this device looks at itself: memory, addresses."""
+_PING_EVERY_S = 2.0
+"""How often each link's round trip is measured."""
 _FACTS_MAX = 256
 _GOODBYE_S = 0.2
 _BACKLOG = 256
@@ -163,7 +165,7 @@ class Interpreter:
         self._timers: list[tuple[float, int, str]] = []
         self._armed: dict[str, int] = {}
         self._timer_number = 0
-        self._look_at_s = 0.0
+        self._look_at_s = self._ping_at_s = 0.0
         self._told_addresses: tuple[str, ...] | None = None
         self._pending: deque[Event] = deque()
         self._is_stepping = False
@@ -418,7 +420,7 @@ class Interpreter:
                     self._on_end()
 
     def _turn(self) -> None:
-        due_s = min(self._look_at_s, self.links.due_s())
+        due_s = min(self._look_at_s, self._ping_at_s, self.links.due_s)
         for timers in (self._timers, self._later):
             if timers:
                 due_s = min(due_s, timers[0][0])
@@ -430,8 +432,13 @@ class Interpreter:
         self._fire_timers()
         self.links.tick(lambda peer: peer in self.core.trusted)
         self.links.flush()
-        if clock.now_s() >= self._look_at_s:
+        now_s = clock.now_s()
+        if now_s >= self._look_at_s:
             self._look()
+        if now_s >= self._ping_at_s:
+            self._ping_at_s = now_s + _PING_EVERY_S / max(1, len(self.links.peers()))
+            self.links.ping()
+            self.links.flush()
         if self._restart_as:
             least, self._restart_as = self._restart_as, 0
             owners = self.links.release_owners()
@@ -464,10 +471,13 @@ class Interpreter:
     def _look(self) -> None:
         """Tells the cores what only this device can see."""
         self._look_at_s = clock.now_s() + _LOOK_EVERY_S
-        self.links.ping()
         battery = _on_mains()
         free_bytes = psutil.virtual_memory().available
         self.step(Learned(ResourcesObserved(free_bytes, 1.0 - psutil.cpu_percent() / 100.0, battery)))
+        self.tell_addresses()
+
+    def tell_addresses(self) -> None:
+        """Tells the others where this device is, if they do not know."""
         addresses = self.addresses()
         if self.me in self.core.roster.roster.members and addresses != self._told_addresses:
             device = self.core.roster.roster.members[self.me]

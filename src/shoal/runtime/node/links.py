@@ -44,6 +44,7 @@ SILENT_S = 8.0
 """A wanted link that nothing comes through is closed; it is dialled anew."""
 IDLE_S = 60.0
 """A link that nobody here wants is closed when nothing comes through for so long."""
+RETIRING_S = 1.0
 ALIVE_S = 1.0
 """Who was heard that lately has no need of a second link: whoever opens one has the same key, and is another."""
 BACK_OFF_S_MIN, BACK_OFF_S_MAX = 0.1, 30.0
@@ -173,7 +174,10 @@ class Links:
         self._wanted: frozenset[NodeId] = frozenset()
         self._seekers: dict[NodeId, _Seeker] = {}
         self._dirty: set[_Held] = set()
+        self._pinged = NodeId("")
         self._is_closed = False
+        self.due_s = 0.0
+        """When `tick` is to be called."""
         if door is not None:
             door.setblocking(False)
             selector.register(door, selectors.EVENT_READ, self._on_door)
@@ -194,6 +198,7 @@ class Links:
             seeker = self._seekers.get(node)
             if seeker is not None and (before is None or before.addresses != device.addresses):
                 seeker.attempts, seeker.due_s, seeker.as_stranger = 0, self._clock(), False
+                self.due_s = 0.0
         self._members = dict(members)
 
     def watch(self, peers: frozenset[NodeId]) -> None:
@@ -213,6 +218,7 @@ class Links:
         self._end_seeking(peer)
         seeker = self._seekers[peer] = _Seeker(self._clock())
         seeker.addresses, seeker.is_contact, seeker.rounds_left, seeker.as_stranger = addresses, True, rounds, True
+        self.due_s = 0.0
 
     def send(self, peers: Iterable[NodeId], data: bytes) -> None:
         """Frames to each; they leave with `flush`. A peer without a link is dialled, and a few of them wait for it."""
@@ -272,9 +278,16 @@ class Links:
         return f"{'to' if held.link.is_dialled else 'from'} {held.link.address}"
 
     def ping(self) -> None:
-        """Asks all open links for an echo; `round_trip_measured` follows."""
-        data = frame(FrameKind.PING, _PING.pack(self._clock()))
-        self.send([peer for peer, held in self._open.items() if not held.link.num_queued], data)
+        """Asks one open link for an echo, each in its turn; `round_trip_measured` follows.
+
+        One at a time, or a device would measure how long all the others take to answer at once.
+        """
+        peers = sorted(self._open)
+        if not peers:
+            return
+        self._pinged = next((peer for peer in peers if peer > self._pinged), peers[0])
+        if not self._open[self._pinged].link.num_queued:
+            self.send([self._pinged], frame(FrameKind.PING, _PING.pack(self._clock())))
 
     def release_owners(self) -> list[_Held]:
         """The owner's own links; they go on with the `Links` that come next."""
@@ -302,6 +315,7 @@ class Links:
     # ---- sockets
 
     def _hold(self, held: _Held) -> None:
+        self.due_s = min(self.due_s, self._clock() + 0.25)
         self._held[held.link] = held
         self._register(held)
 
@@ -452,7 +466,10 @@ class Links:
             if before.link.is_dialled and self.me < peer and is_alive:
                 self._refuse(held, "another link stands")
                 return
-            self._replace(before, tells=not before.link.is_dialled or not is_alive)
+            if is_alive:
+                self._retire(before)
+            else:
+                self._replace(before)
         link.welcome()
         self._use(held)
 
@@ -472,13 +489,17 @@ class Links:
         held.link.refuse(text)
         self._drop(held)
 
-    def _replace(self, before: _Held, *, tells: bool) -> None:
+    def _retire(self, before: _Held) -> None:
+        """A link that is not used any more stays until the other end knows of the one in its place, and is listened to."""
+        before.deadline_s = self._clock() + RETIRING_S
+
+    def _replace(self, before: _Held) -> None:
+        """A link that is dead, though the system has not said so."""
         peer = before.link.peer
         assert peer is not None
         self._open.pop(peer, None)
         self._drop(before)
-        if tells:
-            self._listener.link_closed(peer)
+        self._listener.link_closed(peer)
 
     def _use(self, held: _Held) -> None:
         peer, now_s = held.link.peer, self._clock()
@@ -537,7 +558,7 @@ class Links:
         link, peer = held.link, held.link.peer
         assert peer is not None
         if each.kind == FrameKind.REFUSED:
-            raise PeerNotTrusted(each.payload[:512].decode(errors="replace"))
+            raise LinkClosed(each.payload[:512].decode(errors="replace"))  # it trusts the key, not the link
         if each.kind != FrameKind.WELCOME:
             raise RemoteProtocolError(f"{link.address} does not begin with a welcome")
         before = self._open.get(peer)
@@ -547,7 +568,7 @@ class Links:
             self._drop(held)
             return
         if before is not None:
-            self._replace(before, tells=False)
+            self._retire(before)
         link.stage = Stage.OPEN
         self._use(held)
 
@@ -559,6 +580,7 @@ class Links:
         if peer not in self._members or peer == self.me:
             return None
         seeker = self._seekers[peer] = _Seeker(self._clock())
+        self.due_s = 0.0
         return seeker
 
     def _end_seeking(self, peer: NodeId) -> None:
@@ -632,7 +654,7 @@ class Links:
         seeker = self._seekers.get(peer)
         if seeker is None or seeker.held is not held:
             return
-        if isinstance(error, PeerNotTrusted) and held.link.stage is Stage.CLOSED and not seeker.is_contact:
+        if isinstance(error, PeerNotTrusted) and not seeker.is_contact:
             seeker.as_stranger = not seeker.as_stranger
         self._try_later(peer, seeker, str(error))
 
@@ -653,12 +675,16 @@ class Links:
                 return
         delay_s = 0.0 if rest else min(BACK_OFF_S_MAX, BACK_OFF_S_MIN * 2.0 ** min(rounds - 1, 16))
         seeker.due_s = self._clock() + delay_s * (0.5 + self._chance.random())
+        self.due_s = min(self.due_s, seeker.due_s)
 
     # ---- time
 
     def tick(self, is_trusted: Callable[[NodeId], bool]) -> None:
         """What is due: attempts, and links that took too long or went silent."""
         now_s = self._clock()
+        if now_s < self.due_s:
+            return
+        self.due_s = now_s + 1.0
         for peer, seeker in list(self._seekers.items()):
             if self._seekers.get(peer) is seeker and seeker.held is None and now_s >= seeker.due_s:
                 if peer in self._open:
@@ -667,6 +693,9 @@ class Links:
                     self._dial(peer, seeker)
         for held in list(self._held.values()):
             if now_s >= held.deadline_s:
+                if held.link.is_open:
+                    self._drop(held)
+                    continue
                 if not held.link.is_dialled:
                     self.counters.num_evicted += 1
                 elif held.link.stage is not Stage.CONNECTING and now_s < held.deadline_s + GREETING_S - CONNECT_S:
@@ -681,12 +710,11 @@ class Links:
             elif now_s - held.opened_s > STRANGER_STAY_S and not is_trusted(peer) and peer not in self._wanted:
                 self._lose(held, PeerNotTrusted("it is no member"))
 
-    def due_s(self) -> float:
-        """When `tick` is to be called at the latest."""
-        now_s = self._clock()
-        due_s = min((seeker.due_s for seeker in self._seekers.values() if seeker.held is None), default=now_s + 1.0)
-        is_greeting = bool(self._half_open) or len(self._held) > len(self._open)
-        return min(due_s, now_s + (0.25 if is_greeting else 1.0))
+        for seeker in self._seekers.values():
+            if seeker.held is None:
+                self.due_s = min(self.due_s, seeker.due_s)
+        if len(self._held) > len(self._open):  # some are on their way
+            self.due_s = min(self.due_s, now_s + 0.25)
 
 
 def message_frame(payload: bytes) -> bytes:

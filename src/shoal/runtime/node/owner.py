@@ -287,6 +287,7 @@ class OwnerDesk:
         roster = node.core.roster.roster
         if not roster.cluster:
             node.command(Found(name=node.options.name))
+            node.tell_addresses()
         elif not self._is_member():
             raise DeviceRefused(_NO_SAY)
         addresses = node.addresses()
