@@ -135,6 +135,10 @@ class MemberDevice:
         self.node.links.flush()
 
     def _do_hold(self, megabytes: str) -> None:
+        threading.Thread(target=self._hold, args=(megabytes,), daemon=True).start()
+
+    def _hold(self, megabytes: str) -> None:
+        """Not on the links' thread: taking memory takes time."""
         num_bytes = int(megabytes) << 20
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):

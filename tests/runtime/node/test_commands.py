@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 
-from shoal.runtime.node.owner import AskCluster, ClusterStatus, OwnerLink
+from shoal.errors import DeviceRefused, ShoalError
+from shoal.runtime.node.owner import (
+    AskCluster,
+    ClusterStatus,
+    Done,
+    Invitation,
+    JoinCluster,
+    Joined,
+    LeaveCluster,
+    MakeInvitation,
+    OwnerLink,
+    RemoveDevice,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -112,11 +124,23 @@ def test_two_devices_become_one_cluster_by_one_token(tmp_path: Path) -> None:
         assert whole["devices"][0]["survey"]["device"] == "lap"
 
 
+def invite(folder: Path, name: str, uses: int = 1) -> str:
+    with OwnerLink(folder / name) as owner:
+        return owner.ask(MakeInvitation(uses), Invitation).token
+
+
+def join(folder: Path, name: str, token: str) -> Joined:
+    with OwnerLink(folder / name) as owner:
+        return owner.ask(JoinCluster(token), Joined)
+
+
 def test_a_restart_keeps_identity_and_roster(tmp_path: Path) -> None:
     with agent(tmp_path, "desk") as desk:
+        # A device without an agent joins by itself, and is in when one starts.
+        joined = shoal("join", invite(tmp_path, "desk"), f"--state={tmp_path / 'lap'}", "--name=lap")
+        assert joined.returncode == 0, joined.stderr
+        assert "Start `shoal up` here to be part of it." in joined.stdout
         with agent(tmp_path, "lap") as lap:
-            token = shoal("invite", f"--state={tmp_path / 'desk'}").stdout.split()[2]
-            assert shoal("join", token, f"--state={tmp_path / 'lap'}").returncode == 0
             before = wait_until(tmp_path, "desk", lambda found: presence(found).get("lap") == "here")
         # It said goodbye.
         wait_until(tmp_path, "desk", lambda found: presence(found)["lap"] in ("absent", "gone"), within_s=2.0)
@@ -125,43 +149,36 @@ def test_a_restart_keeps_identity_and_roster(tmp_path: Path) -> None:
             after = wait_until(tmp_path, "desk", lambda found: presence(found)["lap"] == "here")
             own = wait_until(tmp_path, "lap", lambda found: presence(found)["desk"] == "here")
             assert own.cluster == before.cluster
-            assert own.incarnation == 2
-            assert {member.node: member.incarnation for member in after.members} == {desk["id"]: 1, lap["id"]: 2}
-    # A device without an agent joins by itself, and is in when one starts.
-    with agent(tmp_path, "desk"):
-        token = shoal("invite", f"--state={tmp_path / 'desk'}", "--json").stdout
-        joined = shoal("join", json.loads(token)["token"], f"--state={tmp_path / 'phone'}", "--name=phone")
-        assert joined.returncode == 0, joined.stderr
-        assert "Start `shoal up` here to be part of it." in joined.stdout
-        with agent(tmp_path, "phone"):
-            wait_until(tmp_path, "desk", lambda found: presence(found).get("phone") == "here")
+            assert own.incarnation == 3
+            assert {member.node: member.incarnation for member in after.members} == {desk["id"]: 1, lap["id"]: 3}
 
 
 def test_removed_devices_stay_out_until_invited_anew(tmp_path: Path) -> None:
     with agent(tmp_path, "desk"), agent(tmp_path, "lap") as lap, agent(tmp_path, "phone"):
-        made = json.loads(shoal("invite", f"--state={tmp_path / 'desk'}", "--uses=2", "--json").stdout)
-        for name in ("lap", "phone"):
-            assert shoal("join", made["token"], f"--state={tmp_path / name}").returncode == 0
+        token = invite(tmp_path, "desk", 2)
+        join(tmp_path, "lap", token)
+        join(tmp_path, "phone", token)
         wait_until(tmp_path, "phone", lambda found: sorted(presence(found).values()) == ["here", "here", "this device"])
-        unknown = shoal("remove", "toaster", f"--state={tmp_path / 'desk'}")
-        assert unknown.returncode == 1
-        assert "'toaster' is no device of this cluster: desk (" in unknown.stderr
-        removed = shoal("remove", "lap", f"--state={tmp_path / 'phone'}")
-        assert removed.returncode == 0, removed.stderr
-        assert removed.stdout.startswith("lap (")
+        with OwnerLink(tmp_path / "phone") as owner:
+            with pytest.raises(ShoalError, match=r"'toaster' is no device of this cluster: desk \("):
+                owner.ask(RemoveDevice("toaster"), Done)
+            with pytest.raises(DeviceRefused, match="`shoal leave` takes it out"):
+                owner.ask(RemoveDevice("phone"), Done)
+            assert owner.ask(RemoveDevice("lap"), Done).text.startswith("lap (")
         for name in ("desk", "phone"):
             wait_until(tmp_path, name, lambda found: set(presence(found)) == {"desk", "phone"})
         wait_until(tmp_path, "lap", lambda found: found.is_removed)
-        assert "has no say there" in shoal("invite", f"--state={tmp_path / 'lap'}").stderr
+        with pytest.raises(DeviceRefused, match="has no say there"):
+            invite(tmp_path, "lap")
         # The old token is void since the removal; a new one makes it a member with a new key.
-        assert shoal("join", made["token"], f"--state={tmp_path / 'lap'}").returncode == 1
-        fresh = json.loads(shoal("invite", f"--state={tmp_path / 'desk'}", "--json").stdout)
-        assert shoal("join", fresh["token"], f"--state={tmp_path / 'lap'}").returncode == 0
+        with pytest.raises(DeviceRefused, match="no such invitation here"):
+            join(tmp_path, "lap", token)
+        join(tmp_path, "lap", invite(tmp_path, "desk"))
         back = wait_until(tmp_path, "desk", lambda found: presence(found).get("lap") == "here")
         assert lap["id"] not in {member.node for member in back.members}
 
-        left = shoal("leave", f"--state={tmp_path / 'phone'}")
-        assert (left.returncode, left.stdout[:5]) == (0, "left;")
+        with OwnerLink(tmp_path / "phone") as owner:
+            assert owner.ask(LeaveCluster(), Done).text.startswith("left;")
         for name in ("desk", "lap"):
             wait_until(tmp_path, name, lambda found: set(presence(found)) == {"desk", "lap"})
         gone = wait_until(tmp_path, "phone", lambda found: not found.cluster)
