@@ -553,6 +553,8 @@ class PresenceCore:
         watched = self.watched.get(node)
         if watched is not None and before is not None and rumour.incarnation == before.incarnation:
             if not rumour.here:
+                if watched.state in (Peer.DOUBTED, Peer.CUT) and node in self._questions:
+                    return  # it is being found out; the same rumour from many must not put the answer off again and again
                 is_here = watched.is_here
                 self._move(watched, "rumoured gone", rumour)
                 if is_here:
