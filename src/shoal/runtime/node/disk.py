@@ -9,8 +9,8 @@ of each key counts. The file is written anew when what is outlived takes more ro
     8       2     bytes of the key
     10      ...   key, value
 
-little endian. What was written survives the end of the process at once, and a power cut a fraction of a second
-later; with `is_durable` it is answered for only when it does.
+little endian. What was written survives the end of the process at once, and a power cut some seconds later;
+with `is_durable` it is answered for only when it does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ _HEAD = struct.Struct("<IIH")
 _SLACK_BYTES = 4 << 20
 """The file is written anew once so much of it is outlived."""
 _VALUE_BYTES_MAX = 64 << 20
-_SYNC_AFTER_S = 0.2
+_QUIET_S, _SYNC_AFTER_S_MAX = 1.0, 5.0
+"""A sync in the background waits for a moment without writes, but not for ever. While a file is synced, a write to it may
+wait for milliseconds, and an acknowledgement with it."""
 _LOST_ROSTER = "roster/lost"
 """A key whose value no roster can read: so the roster's core learns that statements may be missing."""
 
@@ -55,6 +57,7 @@ class Disk:
         self._waiting: list[Callable[[], None]] = []
         self._to_sync = threading.Condition()
         self._is_dirty = self._is_closed = False
+        self._num_writes = 0
         self._load()
         try:
             self._write_anew()
@@ -77,6 +80,7 @@ class Disk:
         except OSError as error:
             raise CannotWrite(f"{self.path} cannot be written: {error.strerror or error}") from error
         with self._to_sync:
+            self._num_writes += 1
             if self.is_durable:
                 self._waiting.append(done)
             if not self._is_dirty:  # or it is awake already
@@ -168,6 +172,13 @@ class Disk:
 
     # ---- a power cut
 
+    def _wait_for_quiet(self) -> None:
+        """With the lock held, and given back while it waits."""
+        for _ in range(int(_SYNC_AFTER_S_MAX / _QUIET_S)):
+            before = self._num_writes
+            if self._to_sync.wait_for(lambda: self._is_closed, _QUIET_S) or self._num_writes == before:
+                return
+
     def _sync_for_ever(self) -> None:
         while True:
             with self._to_sync:
@@ -175,8 +186,7 @@ class Disk:
                 if not self._is_dirty:
                     return
                 if not self.is_durable:
-                    # Later is soon enough, and out of the way of the answers that the write was for.
-                    self._to_sync.wait_for(lambda: self._is_closed, _SYNC_AFTER_S)
+                    self._wait_for_quiet()
                 self._is_dirty = False
                 waiting, self._waiting = self._waiting, []
                 try:
