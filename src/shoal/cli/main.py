@@ -260,6 +260,16 @@ def status(
 
 
 @app.command()
+def doctor(state: State = None, json: Json = False) -> None:
+    """Look for what keeps the cluster from working, and say what to do. Ends with 1 if something is wrong."""
+    from shoal.cli import doctor as verb
+    from shoal.runtime.node.state import default_folder
+
+    if not verb.doctor(state or default_folder(), as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def invite(
     state: State = None,
     uses: Annotated[int, typer.Option(min=1, max=1000, help="How many devices may use it.")] = 1,
