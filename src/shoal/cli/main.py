@@ -475,16 +475,26 @@ def lab_clean() -> None:
 @app.command()
 def simulate(
     scenario: Annotated[
-        str | None, typer.Argument(help="A name, a file, 'churn' or 'seed'; without it, they are listed.")
+        str | None,
+        typer.Argument(help="A name, a file, a journal of `shoal up`, 'churn' or 'seed'; without it, they are listed."),
     ] = None,
     devices: Annotated[int | None, typer.Option(help="For churn: how many devices, up to 1000; 100.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="For churn: simulated seconds; 60.")] = None,
     changes: Annotated[float | None, typer.Option(min=0.0, help="For churn: devices that come or go per second; 2.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another story; the same is the same.")] = None,
+    state: State = None,
     json: Json = False,
 ) -> None:
-    """Let simulated devices join, fail and agree, and say what happened."""
+    """Let simulated devices join, fail and agree, and say what happened; or a real one again, from its journal."""
     from shoal.cli import simulate as verb
+
+    if scenario is not None and Path(scenario).is_file():
+        from shoal.cli.replay import is_journal, replay
+        from shoal.runtime.node.state import default_folder
+
+        if is_journal(Path(scenario)):
+            replay(Path(scenario), state or default_folder())
+            return
 
     verb.simulate(scenario, devices=devices, seconds=seconds, changes=changes, seed=seed, as_json=json)
 
