@@ -349,3 +349,13 @@ def test_rumours_of_many_do_not_put_off_what_is_being_found_out() -> None:
         for node in names[4:7]:
             facts += [effect.fact for effect in core.step(Received(node, told), now_s) if isinstance(effect, Announce)]
     assert MemberGone(lost, 1) in facts
+
+
+def test_a_witness_that_is_asked_before_it_sees_the_close_answers_with_it() -> None:
+    """A killed process's connections close one after the other; who is asked in between must not let the asker wait."""
+    made = world(A, B, C)
+    witness, now_s = made.cores[B], made.now_s
+    assert sent(witness.step(Received(A, AskHeard(C, 7)), now_s), Heard) == []
+    answers = sent(witness.step(LinkClosed(C), now_s + 0.001), Heard)
+    assert answers == [Heard(C, 7, hears=False, reaches=False)]
+    assert sent(witness.step(LinkClosed(C), now_s + 0.002), Heard) == []

@@ -600,6 +600,10 @@ class PresenceCore:
             return
         watched.is_closed = True
         self._move(watched, "link closed")
+        # Who saw the close first has asked already, and would wait for an answer that cannot come any more.
+        for asker, question, until_s in self._asks.pop(peer, ()):
+            if self._now_s <= until_s:
+                self._effects.append(Send((asker,), Heard(peer, question, hears=False, reaches=False)))
 
     def _ask(self, watched: Watched) -> None:
         """Asks witnesses whether they hear the peer. With nobody to ask, our own word is all there is."""
