@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ from shoal.transport.control import AS_MEMBER, FRAME_BYTES_MAX, HEAD, PREFACE_MA
 from shoal.transport.secure import TrustStore
 
 ANSWER_S = 30.0
+_ATTEMPTS, _ATTEMPT_AGAIN_S = 3, 0.15
 _LEAVE_S = 0.3
 """Long enough for the word to reach those to whom links stand."""
 
@@ -526,6 +528,16 @@ class OwnerLink:
     """
 
     def __init__(self, folder: Path, *, timeout_s: float = ANSWER_S) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._open(folder, timeout_s)
+                return
+            except DeviceUnreachable:
+                if attempt == _ATTEMPTS or not (folder / "agent.json").exists():
+                    raise
+                time.sleep(_ATTEMPT_AGAIN_S)  # a device that just left is changing its key
+
+    def _open(self, folder: Path, timeout_s: float) -> None:
         address, keys = find_agent(folder)
         host, port = split_address(address, default_port=DEFAULT_PORT)
         try:
@@ -544,7 +556,11 @@ class OwnerLink:
         except LinkError as error:
             raise DeviceUnreachable(f"what answers at {address} is not the agent of {folder}: {error}") from error
         self._socket.settimeout(timeout_s)
-        kind, payload = self._receive()
+        try:
+            kind, payload = self._receive()
+        except ShoalError:
+            self.close()
+            raise
         if kind != FrameKind.WELCOME:
             self.close()
             raise DeviceRefused(f"the agent of {folder} refuses: {payload[:512].decode(errors='replace')}")

@@ -122,7 +122,11 @@ def find_agent(folder: Path) -> tuple[str, DeviceKeys]:
     Raises:
         DeviceUnreachable: none does.
     """
-    return _agent_file(folder).address, DeviceKeys.load_or_create(folder / "key")
+    address = _agent_file(folder).address
+    try:
+        return address, DeviceKeys.from_seed((folder / "key").read_bytes())
+    except (OSError, ValueError) as error:
+        raise DeviceUnreachable(f"{folder / 'key'} cannot be read ({error}): is this the device's owner?") from error
 
 
 def agent_address(folder: Path) -> str | None:
