@@ -9,6 +9,7 @@ planned from as measured.
 * `vs_star_1_uneven`: the same with each direction drawn from 20-155 Mbit/s, not scaled; the median of the draws.
 * `bound_share`, `bound_share_uneven`: what NetStorm's trees reached of the least bound that no plan exceeds (cuts and
   partitions, with the scenario's rates); the median of the draws.
+* `join_stall_s`, `transfer_ratio`, `resume_ms`, `overhead`: what joining, a loss and the run itself cost: `training_run.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks import training_run
 from benchmarks.record import finish, is_quick
 from shoal.errors import LabUnavailable
 from shoal.exchange.runner import CHUNK_BYTES
@@ -113,9 +115,11 @@ def main() -> None:
     try:
         on_table = compare(table(), num_bytes=megabytes * 10**6, num_rounds=rounds)
         on_draws = [compare(uneven(draw), num_bytes=megabytes_uneven * 10**6, num_rounds=rounds) for draw in range(draws)]
+        run = {} if is_quick() else training_run.measure()
     except LabUnavailable as error:
         sys.exit(f"shoal: {error}")
     figures = {
+        **run,
         "vs_star_1": on_table["vs_star_1"],
         "vs_star_1_uneven": statistics.median(row["vs_star_1"] for row in on_draws),
         "bound_share": on_table["bound_share"],

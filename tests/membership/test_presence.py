@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.effects import Commanded, LinkClosed, Received, TimerFired
+from shoal.effects import Announce, Commanded, LinkClosed, Received, TimerFired
 from shoal.ids import NodeId
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.membership.messages import AskHeard, Goodbye, Heard, Heartbeat, Refused, Rumour, Rumours
@@ -328,3 +328,34 @@ def test_beats_between_devices_that_do_not_watch_each_other_do_not_go_on_for_eve
     made.run(10.0)
     links = sum(len(core.watched) for core in made.cores.values())
     assert len(made.sent) <= 1.1 * links * 10.0 / TIMING.heartbeat_s
+
+
+def test_rumours_of_many_do_not_put_off_what_is_being_found_out() -> None:
+    """Each of seven tells of the same loss with each of its beats; a doubt ends when its own time is over all the same."""
+    names = tuple(NodeId(name) for name in "abcdefgh")
+    made = world(*names)
+    lost = names[-1]
+    for node in (B, C, D):
+        del made.cores[node]  # seen from one device, to which the others' rumours come
+        made.stopped.add(node)
+    core = made.cores[A]
+    now_s = made.now_s
+    core.step(LinkClosed(lost), now_s)
+    due_s = now_s + TIMING.witness_s
+    facts = []
+    while now_s < due_s + 0.1:
+        now_s += 0.02
+        told = Heartbeat(1, 0, 1, (A,), 0, (Rumour(lost, 1, 0, here=False),))
+        for node in names[4:7]:
+            facts += [effect.fact for effect in core.step(Received(node, told), now_s) if isinstance(effect, Announce)]
+    assert MemberGone(lost, 1) in facts
+
+
+def test_a_witness_that_is_asked_before_it_sees_the_close_answers_with_it() -> None:
+    """A killed process's connections close one after the other; who is asked in between must not let the asker wait."""
+    made = world(A, B, C)
+    witness, now_s = made.cores[B], made.now_s
+    assert sent(witness.step(Received(A, AskHeard(C, 7)), now_s), Heard) == []
+    answers = sent(witness.step(LinkClosed(C), now_s + 0.001), Heard)
+    assert answers == [Heard(C, 7, hears=False, reaches=False)]
+    assert sent(witness.step(LinkClosed(C), now_s + 0.002), Heard) == []

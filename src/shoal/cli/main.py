@@ -13,13 +13,14 @@ from shoal.errors import ShoalError
 
 app = typer.Typer(
     name="shoal",
-    help="Join the devices you own into one machine that serves models too large for any of them.",
+    help="Join the devices you own into one machine that serves and trains models too large for any of them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 DEFAULT_AGENT = "127.0.0.1:7433"
+DEFAULT_MEMBERS = "0.0.0.0:7434"
 DEFAULT_HTTP = "127.0.0.1:8080"
 
 Listen = Annotated[str, typer.Option(help="Address to listen on, HOST:PORT; port 0 takes a free one.", metavar="ADDRESS")]
@@ -43,6 +44,10 @@ ResidencyText = Annotated[
         metavar="MODE",
     ),
 ]
+State = Annotated[
+    Path | None,
+    typer.Option("--state", help="Folder in which this device remembers who it is.", metavar="FOLDER", envvar="SHOAL_STATE"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -62,6 +67,26 @@ def up(
     threads: Threads = None,
     device: Device = None,
     name: Name = None,
+    state: State = None,
+    members: Annotated[
+        str | None,
+        typer.Option(help=f"Address of the links to members; {DEFAULT_MEMBERS}, 'none' for no cluster.", metavar="ADDRESS"),
+    ] = None,
+    advertise: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where members reach this device, if not at its own addresses; repeat for more.", metavar="ADDRESS"
+        ),
+    ] = None,
+    dial_only: Annotated[bool, typer.Option("--dial-only", help="Take no links: this device dials the others.")] = False,
+    durable: Annotated[bool, typer.Option("--durable", help="Acknowledge only what would survive a power cut.")] = False,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Control links run before other work, where granted.")
+    ] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="Write what the membership cores were told to FILE-ID-START, to be replayed.", metavar="FILE"),
+    ] = None,
     json: Json = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
@@ -70,6 +95,17 @@ def up(
 
     verb.up(
         verb.agent_options(listen, peer or [], models or [], memory, threads, device, name),
+        verb.member_options(
+            state,
+            members,
+            may_default=not peer and not until_eof,
+            name=name,
+            advertise=advertise or [],
+            dial_only=dial_only,
+            durable=durable,
+            realtime=realtime,
+            journal=journal,
+        ),
         as_json=json,
         until_eof=until_eof,
     )
@@ -285,11 +321,90 @@ def serve(
 
 
 @app.command()
-def status(agent: AgentAddress = None, json: Json = False) -> None:
-    """Devices, what they have and what they hold."""
+def status(
+    agent: AgentAddress = None,
+    state: State = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it anew every second; Ctrl-C ends.")] = False,
+    json: Json = False,
+) -> None:
+    """Devices, what they have and what they hold; members and links, with the age of each figure."""
     from shoal.cli import status as verb
+    from shoal.runtime.node.state import default_folder
 
-    verb.status(agent or DEFAULT_AGENT, as_json=json)
+    verb.status(agent, state or default_folder(), default_agent=DEFAULT_AGENT, watch=watch, as_json=json)
+
+
+@app.command()
+def doctor(state: State = None, json: Json = False) -> None:
+    """Look for what keeps the cluster from working, and say what to do. Ends with 1 if something is wrong."""
+    from shoal.cli import doctor as verb
+    from shoal.runtime.node.state import default_folder
+
+    if not verb.doctor(state or default_folder(), as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def invite(
+    state: State = None,
+    uses: Annotated[int, typer.Option(min=1, max=1000, help="How many devices may use it.")] = 1,
+    hours: Annotated[float, typer.Option(min=0.01, max=24.0, help="How long it is good for.")] = 24.0,
+    json: Json = False,
+) -> None:
+    """Print a token by which another device joins this one's cluster."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.invite(state or default_folder(), uses=uses, hours=hours, as_json=json)
+
+
+@app.command()
+def join(
+    token: Annotated[str, typer.Argument(help="What `shoal invite` printed on a member.")],
+    state: State = None,
+    name: Name = None,
+    json: Json = False,
+) -> None:
+    """Join the cluster of the device that printed the token."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.join(state or default_folder(), token, name=name, as_json=json)
+
+
+@app.command()
+def remove(
+    device: Annotated[str, typer.Argument(help="Its name, or the beginning of its id.")],
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Take a device out of the cluster, for ever: lost, stolen, given away."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.remove(state or default_folder(), device, as_json=json)
+
+
+@app.command()
+def confirm(
+    device: Annotated[str, typer.Argument(help="Its name, or the beginning of its id.")],
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Say which device is right where more came by one invitation than it is for."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.confirm(state or default_folder(), device, as_json=json)
+
+
+@app.command()
+def leave(state: State = None, json: Json = False) -> None:
+    """Take this device out of its cluster."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.leave(state or default_folder(), as_json=json)
 
 
 @app.command()
@@ -305,6 +420,47 @@ def demo(
     from shoal.cli import demo as verb
 
     verb.demo(prompt, num_devices=devices, max_tokens=max_tokens, model=model, num_threads=threads, as_json=json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def train(
+    script: Annotated[Path, typer.Argument(help="A Python script that calls shoal.pytorch.join.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its own arguments.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a member of the run; repeat for more. Without it, a run begins.", metavar="ADDRESS"),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(help="Address for other members, HOST:PORT; port 0 takes a free one.", metavar="ADDRESS")
+    ] = "127.0.0.1:0",
+    folder: Annotated[
+        Path | None, typer.Option(help="For checkpoints and the picture of the loss; goes on from the newest one there.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, max=32, help="Play so many devices on this machine.")] = 1,
+    wait_for: Annotated[
+        int | None, typer.Option(min=1, help="The first step waits for so many devices; as many as are played.")
+    ] = None,
+) -> None:
+    """Train a model with other devices. Options come before the script. Ctrl-C leaves at a step boundary."""
+    from shoal.cli import train as verb
+
+    verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for))
+
+
+@app.command()
+def runs(json: Json = False) -> None:
+    """Training runs that this device takes part in."""
+    from shoal.cli import train as verb
+
+    verb.runs(as_json=json)
+
+
+@app.command()
+def leave(run: Annotated[str, typer.Argument(help="A run of `shoal runs`.")], json: Json = False) -> None:
+    """Leave a training run at the next step boundary; the others go on."""
+    from shoal.cli import train as verb
+
+    verb.leave(run, as_json=json)
 
 
 lab_app = typer.Typer(
@@ -448,16 +604,26 @@ def lab_clean() -> None:
 @app.command()
 def simulate(
     scenario: Annotated[
-        str | None, typer.Argument(help="A name, a file, 'churn' or 'seed'; without it, they are listed.")
+        str | None,
+        typer.Argument(help="A name, a file, a journal of `shoal up`, 'churn' or 'seed'; without it, they are listed."),
     ] = None,
     devices: Annotated[int | None, typer.Option(help="For churn: how many devices, up to 1000; 100.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="For churn: simulated seconds; 60.")] = None,
     changes: Annotated[float | None, typer.Option(min=0.0, help="For churn: devices that come or go per second; 2.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed is another story; the same is the same.")] = None,
+    state: State = None,
     json: Json = False,
 ) -> None:
-    """Let simulated devices join, fail and agree, and say what happened."""
+    """Let simulated devices join, fail and agree, and say what happened; or a real one again, from its journal."""
     from shoal.cli import simulate as verb
+
+    if scenario is not None and Path(scenario).is_file():
+        from shoal.cli.replay import is_journal, replay
+        from shoal.runtime.node.state import default_folder
+
+        if is_journal(Path(scenario)):
+            replay(Path(scenario), state or default_folder())
+            return
 
     verb.simulate(scenario, devices=devices, seconds=seconds, changes=changes, seed=seed, as_json=json)
 

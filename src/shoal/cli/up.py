@@ -9,16 +9,25 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from shoal import __version__
+from shoal.errors import DeviceError, ShoalError
 from shoal.runtime.agent import Agent, AgentOptions, default_name
 from shoal.runtime.channel import split_address
+from shoal.runtime.node.addresses import join_address
+from shoal.runtime.node.interpreter import Interpreter, NodeOptions
+from shoal.runtime.node.links import DEFAULT_PORT as DEFAULT_MEMBER_PORT
+from shoal.runtime.node.owner import OwnerDesk
+from shoal.runtime.node.state import DeviceState, default_folder
 from shoal.units import format_bytes, parse_bytes
 
 DEFAULT_PORT = 7433
+_REACHED = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where this machine reaches itself when it listens everywhere."""
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -48,17 +57,96 @@ def agent_options(
     )
 
 
-def up(options: AgentOptions, *, as_json: bool, until_eof: bool) -> None:
+@dataclass(frozen=True)
+class MemberOptions:
+    """Links to members. `is_optional`: nobody asked for them, so the agent does without where they cannot be."""
+
+    state: Path
+    node: NodeOptions
+    is_durable: bool = False
+    is_optional: bool = False
+
+
+def member_options(
+    state: Path | None,
+    listen: str | None,
+    *,
+    may_default: bool,
+    name: str | None,
+    advertise: list[str],
+    dial_only: bool,
+    durable: bool,
+    realtime: bool,
+    journal: Path | None,
+) -> MemberOptions | None:
+    """What was typed; None for an agent without a cluster. Raises ValueError with one line."""
+    is_wanted = state is not None or listen not in (None, "none")
+    if listen == "none" or not (is_wanted or may_default):
+        if state is not None or advertise or dial_only or journal is not None:
+            raise ValueError("--state, --advertise, --dial-only and --journal are about members: leave out --members none")
+        return None
+    for address in advertise:
+        split_address(address, default_port=DEFAULT_MEMBER_PORT)
+    return MemberOptions(
+        state=state or default_folder(),
+        node=NodeOptions(
+            name=name or default_name(),
+            listen=split_address(listen or f"0.0.0.0:{DEFAULT_MEMBER_PORT}", default_port=DEFAULT_MEMBER_PORT),
+            advertise=() if dial_only else tuple(advertise),
+            is_hidden=dial_only,
+            journal=journal,
+            is_realtime=realtime,
+        ),
+        is_durable=durable,
+        is_optional=not is_wanted,
+    )
+
+
+def up(options: AgentOptions, members: MemberOptions | None, *, as_json: bool, until_eof: bool) -> None:
     """Serves until Ctrl-C, SIGTERM or, where another process owns it, the end of standard input."""
-    asyncio.run(_serve(options, as_json=as_json, until_eof=until_eof))
+    asyncio.run(_serve(options, members, as_json=as_json, until_eof=until_eof))
 
 
-async def _serve(options: AgentOptions, *, as_json: bool, until_eof: bool) -> None:
+def _start_links(members: MemberOptions, agent: str, on_end: Callable[[], object]) -> Interpreter:
+    """The device's links to members, on a thread of their own.
+
+    Raises:
+        AddressInUse, DeviceError, CannotWrite: why they cannot be.
+    """
+    state = DeviceState(members.state, is_durable=members.is_durable)
+    try:
+        node = Interpreter(state, members.node, on_end=on_end)
+    except BaseException:
+        state.close()
+        raise
+    OwnerDesk(node)
+    host = members.node.listen[0] if members.node.listen else "127.0.0.1"
+    try:
+        state.announce_agent(join_address(_REACHED.get(host, host), node.port), agent)
+    except BaseException:
+        node.stop()
+        raise
+    node.start()
+    return node
+
+
+async def _serve(options: AgentOptions, members: MemberOptions | None, *, as_json: bool, until_eof: bool) -> None:
     agent = Agent(options)
     await agent.start()
-    _announce(options, agent.port, as_json=as_json)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
+    node: Interpreter | None = None
+    problem = ""
+    if members is not None:
+        address = join_address(_REACHED.get(options.host, options.host), agent.port)
+        try:
+            node = _start_links(members, address, lambda: loop.call_soon_threadsafe(ended.set))
+        except ShoalError as error:
+            if not members.is_optional:
+                await agent.stop()
+                raise
+            problem = str(error)
+    _announce(options, agent.port, node, problem, as_json=as_json)
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C arrives as KeyboardInterrupt
             loop.add_signal_handler(number, ended.set)
@@ -67,7 +155,11 @@ async def _serve(options: AgentOptions, *, as_json: bool, until_eof: bool) -> No
     try:
         await ended.wait()
     finally:
+        if node is not None:
+            await asyncio.to_thread(node.stop)
         await agent.stop()
+    if node is not None and node.failure is not None:
+        raise DeviceError(f"the links to members ended: {node.failure}") from node.failure
 
 
 def watch_eof(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
@@ -82,10 +174,13 @@ def _call_at_eof(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> N
         loop.call_soon_threadsafe(call)
 
 
-def _announce(options: AgentOptions, port: int, *, as_json: bool) -> None:
+def _announce(options: AgentOptions, port: int, node: Interpreter | None, problem: str, *, as_json: bool) -> None:
     address = f"{options.host}:{port}"
     if as_json:
-        print(json.dumps({"event": "listening", "address": address, "device": options.name}), flush=True)  # noqa: T201
+        line = {"event": "listening", "address": address, "device": options.name}
+        if node is not None:
+            line |= {"members": f"{(node.options.listen or ('',))[0]}:{node.port}", "id": node.me}
+        print(json.dumps(line), flush=True)  # noqa: T201
         return
     console = Console(stderr=True)
     console.print(f"shoal {__version__}: [bold]{options.name}[/] listens on [bold]{address}[/]")
@@ -98,4 +193,12 @@ def _announce(options: AgentOptions, port: int, *, as_json: bool) -> None:
         )
     for host, peer_port in options.peers:
         console.print(f"peer {host}:{peer_port}")
+    if node is not None:
+        known = len(node.core.roster.roster.members)
+        cluster = (
+            f"in a cluster of {known}" if known else "in no cluster yet: `shoal invite` here, or `shoal join` another's"
+        )
+        console.print(f"members reach it at {', '.join(node.addresses()) or 'no address, it dials'}; {cluster}")
+    if problem:
+        console.print(f"[yellow]warning:[/] no links to members: {problem}")
     console.print("Ctrl-C leaves.")

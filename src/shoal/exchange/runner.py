@@ -124,6 +124,11 @@ class Exchange:
             del self._num_unsent[step], self._sums[step]
         return total.reshape(x.shape)
 
+    def abort(self) -> None:
+        """Ends the exchange for all its members at once; an `all_reduce` that is open raises. From any thread."""
+        with self._lock:
+            self._fail(LinkClosed("the exchange was given up"))
+
     def close(self) -> None:
         """Sends what it still owes to others, says goodbye, and closes the wires."""
         with self._lock:

@@ -48,7 +48,7 @@ def with_model(
     devices = {}
     for name, device in scenario.devices.items():
         memory_bytes = scenario.memory_bytes(name)
-        command = ["shoal", "up", f"--listen={{address}}:{PORT}", "--models={files}"]
+        command = ["shoal", "up", f"--listen={{address}}:{PORT}", "--models={files}", "--members=none"]
         if memory_bytes is not None:
             command.append(f"--memory={max(0, memory_bytes - (_CLIENT_BYTES if name == head else 0))}")
         if name == head:

@@ -553,6 +553,8 @@ class PresenceCore:
         watched = self.watched.get(node)
         if watched is not None and before is not None and rumour.incarnation == before.incarnation:
             if not rumour.here:
+                if watched.state in (Peer.DOUBTED, Peer.CUT) and node in self._questions:
+                    return  # it is being found out; the same rumour from many must not put the answer off again and again
                 is_here = watched.is_here
                 self._move(watched, "rumoured gone", rumour)
                 if is_here:
@@ -598,6 +600,10 @@ class PresenceCore:
             return
         watched.is_closed = True
         self._move(watched, "link closed")
+        # Who saw the close first has asked already, and would wait for an answer that cannot come any more.
+        for asker, question, until_s in self._asks.pop(peer, ()):
+            if self._now_s <= until_s:
+                self._effects.append(Send((asker,), Heard(peer, question, hears=False, reaches=False)))
 
     def _ask(self, watched: Watched) -> None:
         """Asks witnesses whether they hear the peer. With nobody to ask, our own word is all there is."""

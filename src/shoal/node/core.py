@@ -146,7 +146,7 @@ class NodeCore:
         """Peers to whom a link stands."""
         self.trusted: dict[NodeId, int] = {}
         """Peers that are listened to, and as which incarnation they greeted."""
-        self._capabilities = capabilities
+        self.capabilities = capabilities
         self._by_message = {kind: each for each in capabilities for kind in each.messages}
         self._by_name = {each.name: each for each in capabilities}
         self._greeted_s: dict[NodeId, float] = {}
@@ -205,7 +205,7 @@ class NodeCore:
             self._take(group, group.step(event, self._now_s))
 
     def _tell_capabilities(self, event: Event, origin: object = None) -> None:
-        for capability in self._capabilities:
+        for capability in self.capabilities:
             if capability is not origin:
                 self._take(capability, capability.step(event, self._now_s))
 

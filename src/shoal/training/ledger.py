@@ -49,11 +49,15 @@ class Suspend(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """This member has applied a step's gradient: its own epoch's, or `entry` as the donor gave it with the gradient."""
+    """This member has applied a step's gradient: its own epoch's, or `entry` as the donor gave it with the gradient.
+
+    `samples_per_s` of all members, from the step's sum, so that all split the next steps alike; None: as before.
+    """
 
     step: int
     digest: str
     entry: Entry | None = None
+    samples_per_s: dict[NodeId, float] | None = None
 
 
 class Reported(msgspec.Struct, frozen=True):
@@ -157,6 +161,8 @@ class Ledger:
         # The step's sum has everybody's contribution, and with it the word that all before is applied.
         for member in self._group.samples_per_s:
             self._hear(member, self.epoch, event.step - 1)
+        if event.samples_per_s is not None:
+            self._group = msgspec.structs.replace(self._group, samples_per_s=event.samples_per_s)
         return self._go_on()
 
     def _go_on(self) -> list[Effect]:

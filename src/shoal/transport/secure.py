@@ -17,6 +17,7 @@ import ssl
 import tempfile
 from collections.abc import Iterable
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
@@ -24,16 +25,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from shoal.errors import LinkClosed, PeerNotTrusted
+from shoal.errors import LinkClosed, LinkError, PeerNotTrusted
 from shoal.ids import NodeId
 from shoal.transport.identity import DeviceKeys, identify
 
 HANDSHAKE_TIMEOUT_S = 5.0
+_NOT_TRUSTED = ("TLSV1_ALERT_UNKNOWN_CA", "TLSV13_ALERT_CERTIFICATE_REQUIRED")
 _SIGNATURE_BYTES = 64
 _VALID_FROM, _VALID_TO = datetime(2000, 1, 1), datetime(9999, 12, 31)
 """A device's clock may be wrong, and the roster alone decides who is trusted."""
 
 
+@lru_cache(maxsize=4096)
 def certificate_of(public_key: bytes) -> bytes:
     """The one certificate (DER) that belongs to an Ed25519 public key of 32 bytes.
 
@@ -85,6 +88,26 @@ class TrustStore:
             if self._anchors:
                 context.load_verify_locations(cadata=b"".join(self._anchors))
 
+    def wrap(self, sock: socket.socket, *, server_side: bool) -> ssl.SSLSocket:
+        """For those who wait for many sockets at a time: its `do_handshake` is still to be called."""
+        context = self._server if server_side else self._client
+        return context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+
+    def add(self, public_key: bytes) -> None:
+        """Trusts one more; nobody is trusted less."""
+        certificate = certificate_of(public_key)
+        if certificate not in self._anchors:
+            self._anchors[certificate] = identify(public_key)
+            for context in (self._server, self._client):
+                context.load_verify_locations(cadata=certificate)
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def peer_of(self, secured: ssl.SSLSocket) -> NodeId:
+        """Who is at the other end, once the handshake is done."""
+        return self._anchors[_certificate(secured)]
+
     def accept(self, sock: socket.socket, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> tuple[ssl.SSLSocket, NodeId]:
         """Greets whoever dialled. The socket is closed where this fails.
 
@@ -113,6 +136,38 @@ class TrustStore:
             secured.close()
             raise PeerNotTrusted(f"device {found[:8]} answers where {expected[:8]} is expected")
         return secured
+
+
+class Unlisted:
+    """The client's side of a handshake with a device that a token names, and no roster here yet: its key is looked at
+    afterwards. Our own is shown.
+
+    The other side learns our public key beforehand, and trusts it for this handshake only (`TrustStore.add`): so both
+    know with whom they speak, though neither knows yet whether the other is a member.
+    """
+
+    def __init__(self, keys: DeviceKeys) -> None:
+        self._client = _context(ssl.PROTOCOL_TLS_CLIENT, keys)
+        self._client.verify_mode = ssl.CERT_NONE
+
+    def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
+        """A non-blocking socket whose `do_handshake` is still to be called."""
+        return self._client.wrap_socket(sock, do_handshake_on_connect=False)
+
+    def peer_of(self, secured: ssl.SSLSocket) -> NodeId:
+        """Who is at the other end, once the handshake is done. Raises PeerNotTrusted for what is no device of shoal's."""
+        return node_of(_certificate(secured))
+
+
+def explain(error: OSError) -> LinkError:
+    """What went wrong in a handshake, as a line for the owner."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return PeerNotTrusted("the peer is no member of this cluster: invite it, or look whether it was removed")
+    if isinstance(error, ssl.SSLError):
+        if error.reason in _NOT_TRUSTED:
+            return PeerNotTrusted("the peer does not trust this device: is it a member there, or was it removed?")
+        return LinkClosed(f"the peer does not speak TLS 1.3 as we do ({error.reason or error})")
+    return LinkClosed(f"the peer left during its greeting ({error})")
 
 
 def dial_stranger(sock: socket.socket, fingerprint: NodeId, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
@@ -176,20 +231,12 @@ def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: boo
     sock.settimeout(timeout_s)
     try:
         secured = context.wrap_socket(sock, server_side=server_side)
-    except ssl.SSLCertVerificationError as error:
-        sock.close()
-        raise PeerNotTrusted("the peer is no member of this cluster: invite it, or look whether it was removed") from error
-    except ssl.SSLError as error:
-        sock.close()
-        if error.reason in ("TLSV1_ALERT_UNKNOWN_CA", "TLSV13_ALERT_CERTIFICATE_REQUIRED"):
-            raise PeerNotTrusted("the peer does not trust this device: is it a member there, or was it removed?") from error
-        raise LinkClosed(f"the peer does not speak TLS 1.3 as we do ({error.reason or error})") from error
     except TimeoutError as error:
         sock.close()
         raise LinkClosed(f"the peer did not finish its greeting within {timeout_s:g} s") from error
-    except OSError as error:
+    except OSError as error:  # and every error of TLS
         sock.close()
-        raise LinkClosed(f"the peer left during its greeting ({error})") from error
+        raise explain(error) from error
     secured.settimeout(limit_s)
     return secured
 

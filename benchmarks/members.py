@@ -1,0 +1,186 @@
+"""How fast eight real devices on loopback agree, and notice who is gone: processes, TLS, disk writes (no fsync).
+
+`decide`: from the event decoded at the leader to the quorum's last acknowledgement, the writes of all who acknowledged
+included. `kill`, `freeze`: from the signal to the last of the seven others knowing. `new_leader`: from the kill of the
+leader to the last of the others knowing the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.record import finish, is_quick
+from shoal.lab.member_cluster import Line, MemberProcess, make_group, member_cluster, wait_active
+from shoal.runtime.node import clock
+
+NUM_DEVICES = 8
+GROUP = "bench"
+LINK_HOLD_S = 0.02
+"""How long a link must hold before it is reported to be back; no part of a decision, and 2 s would make this long."""
+HELD_MB = 900
+
+
+def _percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _wait_epoch(device: MemberProcess, since: int, *, active: int | None = None) -> Line:
+    return device.wait_for(
+        lambda line: line["is"] == "RecordAdopted" and (active is None or len(line["active"]) == active),
+        since=since,
+        within_s=20.0,
+    )
+
+
+def measure_decisions(devices: list[MemberProcess], rounds: int) -> dict[str, list[float]]:
+    """Seconds per decision, by event, as the leader measures them."""
+    leader, reporter, leaver = devices[0], devices[1], devices[-1]
+    source = devices[2]
+    found: dict[str, list[float]] = {"disconnect": [], "connect": [], "scale_in": [], "scale_out": []}
+    for number in range(rounds):
+        for event, device, words in (
+            ("disconnect", reporter, ("link", GROUP, source.node, "down")),
+            ("connect", reporter, ("link", GROUP, source.node, "up")),
+            ("scale_in", leaver, ("exit", GROUP)),
+            ("scale_out", leaver, ("enter", GROUP)),
+        ):
+            # Events come at any moment between two of the leader's heartbeats.
+            time.sleep(0.02 + 0.017 * (number % 6))
+            marks = [len(each.lines) for each in devices]
+            device.say(*words)
+            active = {"scale_in": NUM_DEVICES - 1, "scale_out": NUM_DEVICES}.get(event)
+            for each, mark in zip(devices, marks, strict=True):
+                _wait_epoch(each, mark, active=active)
+            found[event] += [line["decide_s"] for line in leader.told("Decided", since=marks[0])]
+    return found
+
+
+def _noticed(others: list[MemberProcess], lost: MemberProcess, marks: list[int], at_s: float) -> float:
+    """When the last of them knew, seconds after `at_s`."""
+    return max(
+        float(
+            other.wait_for(lambda line: line["is"] == "MemberGone" and line["node"] == lost.node, since=mark)["at_s"] - at_s
+        )
+        for other, mark in zip(others, marks, strict=True)
+    )
+
+
+def _restart(devices: list[MemberProcess], index: int) -> None:
+    old = devices[index]
+    old.stop()
+    marks = [len(device.lines) for device in devices]
+    devices[index] = new = MemberProcess(old.folder, old.name)
+    for device, mark in zip(devices, marks, strict=True):
+        if device is not new:
+            device.wait_for(lambda line: line["is"] == "MemberHere" and line["node"] == new.node, since=mark)
+
+
+def measure_loss(devices: list[MemberProcess], rounds: int) -> dict[str, list[float]]:
+    """Seconds until all others know: kill, kill of one that holds much memory, freeze, new leader."""
+    found: dict[str, list[float]] = {"kill": [], "kill_900mb": [], "freeze": [], "new_leader": []}
+    for number in range(rounds):
+        for how in ("kill", "kill_900mb", "freeze"):
+            time.sleep(0.2 + 0.03 * number)
+            victim, others = devices[-1], devices[:-1]
+            if how == "kill_900mb":
+                victim.ask("hold", str(HELD_MB), answer="holds", within_s=30.0)
+            marks = [len(device.lines) for device in others]
+            at_s = clock.now_s()
+            os.kill(victim.process.pid, signal.SIGSTOP if how == "freeze" else signal.SIGKILL)
+            found[how].append(_noticed(others, victim, marks, at_s))
+            if how == "freeze":
+                os.kill(victim.process.pid, signal.SIGCONT)
+                for other, mark in zip(others, marks, strict=True):
+                    other.wait_for(lambda line: line["is"] == "MemberHere" and line["node"] == victim.node, since=mark)  # noqa: B023
+            else:
+                _restart(devices, len(devices) - 1)
+    return found
+
+
+def measure_new_leader(devices: list[MemberProcess]) -> float:
+    """Seconds from the kill of the leader until all others know another; a group of all but it goes on."""
+    leader, others = devices[0], devices[1:]
+    marks = [len(device.lines) for device in others]
+    at_s = clock.now_s()
+    leader.kill()
+    known_s = max(
+        float(
+            other.wait_for(
+                lambda line: line["is"] == "LeaderChanged" and line["leader"] not in (None, leader.node), since=mark
+            )["at_s"]
+            - at_s
+        )
+        for other, mark in zip(others, marks, strict=True)
+    )
+    for other, mark in zip(others, marks, strict=True):
+        wait_active(other, GROUP, others, since=mark)
+    return known_s
+
+
+@contextmanager
+def busy(num_processes: int) -> Iterator[None]:
+    """So many processes that want a core all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_processes)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def measure(folder: Path, rounds: int, *arguments: str, num_busy: int = 0) -> dict[str, float]:
+    """Microseconds per decision, p50 and p99 of each event and the worst."""
+    with member_cluster(folder, NUM_DEVICES, f"--link-hold={LINK_HOLD_S}", *arguments) as devices:
+        make_group(devices, GROUP)
+        time.sleep(1.0)
+        with busy(num_busy):
+            spent = measure_decisions(devices, rounds)
+    figures: dict[str, float] = {}
+    for share, name in ((0.5, "p50"), (0.99, "p99")):
+        each = {event: _percentile(values, share) * 1e6 for event, values in spent.items()}
+        figures |= {f"{event}_us_{name}": value for event, value in each.items()}
+        asked_for = [each[event] for event in ("scale_in", "connect", "disconnect")]
+        figures[f"decide_us_{name}"] = max(asked_for)
+    return figures
+
+
+def main() -> None:
+    """Measures, prints one JSON object, and keeps it."""
+    rounds, losses, leaders = (40, 2, 1) if is_quick() else (200, 5, 5)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        figures |= measure(root / "normal", rounds)
+        figures["decide_ms_p50_max"] = figures["decide_us_p50"] / 1e3
+        figures["decide_ms_p99_max"] = figures["decide_us_p99"] / 1e3
+        print(json.dumps({name: round(value, 1) for name, value in figures.items()}))
+        realtime = measure(root / "realtime", rounds, "--realtime")
+        figures |= {f"realtime_{name}": realtime[name] for name in ("decide_us_p50", "decide_us_p99")}
+        loaded = measure(root / "busy", rounds, "--realtime", num_busy=2)
+        figures |= {f"realtime_busy_{name}": loaded[name] for name in ("decide_us_p50", "decide_us_p99")}
+        with member_cluster(root / "losses", NUM_DEVICES) as devices:
+            lost = measure_loss(devices, losses)
+        for number in range(leaders):
+            with member_cluster(root / f"leader-{number}", NUM_DEVICES) as devices:
+                make_group(devices, GROUP)
+                lost["new_leader"].append(measure_new_leader(devices))
+    for name, values in lost.items():
+        figures[f"{name}_ms"] = _percentile(values, 0.5) * 1e3
+        figures[f"{name}_ms_max"] = max(values) * 1e3
+    settings = {"devices": NUM_DEVICES, "rounds": rounds, "losses": losses, "leaders": leaders, "link_hold_s": LINK_HOLD_S}
+    finish("members", {name: round(figure, 3) for name, figure in figures.items()}, settings)
+
+
+if __name__ == "__main__":
+    main()

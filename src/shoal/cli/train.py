@@ -1,0 +1,170 @@
+"""`shoal train`, `shoal runs`, `shoal leave`: a training script as a member of a run, and what this device takes part in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from shoal.errors import DeviceRefused
+from shoal.runs import registry
+from shoal.runs.port import parse_address
+
+LEAVE_S = 60.0
+_ENDED_S = 10.0
+
+
+class Settings(NamedTuple):
+    """What `shoal train` was asked. `devices` processes are started on this machine."""
+
+    script: Path
+    arguments: list[str]
+    listen: str
+    peers: list[str]
+    folder: Path | None
+    devices: int
+    wait_for: int | None
+
+
+def train(settings: Settings) -> None:
+    """Runs the script, as one member or as several on this machine, until it ends.
+
+    Raises:
+        ValueError: no such script, or an address that is none.
+        DeviceRefused: torch is not installed.
+    """
+    if not settings.script.is_file():
+        raise ValueError(f"{settings.script} is no file: name a Python script that calls shoal.pytorch.join")
+    if importlib.util.find_spec("torch") is None:
+        raise DeviceRefused("training needs PyTorch: pip install 'shoal[train]'")
+    for address in (settings.listen, *settings.peers):
+        parse_address(address)
+    host, port = parse_address(settings.listen)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        sys.stderr.write(
+            f"shoal: {host} is reachable for others, and links of a run are neither authenticated nor encrypted yet: "
+            "use a network on which you trust everyone\n"
+        )
+    if settings.devices > 1 and port == 0:
+        port = _free_port(host)
+    processes = []
+    for index in range(settings.devices):
+        environment = {
+            **os.environ,
+            "SHOAL_LISTEN": f"{host}:{port if index == 0 else 0}",
+            "SHOAL_PEERS": ",".join(settings.peers or ([f"{host}:{port}"] if index else [])),
+            "SHOAL_FOLDER": str(_folder(settings.folder, index) or ""),
+            "SHOAL_DEVICES": str(settings.wait_for or (1 if settings.peers else settings.devices)),
+        }
+        if settings.devices > 1:
+            # Several on one machine share its processors; each taking all of them would slow all.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.devices)))
+        command = [sys.executable, str(settings.script), *settings.arguments]
+        # One says how far it is; the others would say the same.
+        output = subprocess.DEVNULL if index else None
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+        processes.append(process)
+    sys.exit(_wait(processes))
+
+
+def _folder(folder: Path | None, index: int) -> Path | None:
+    """Devices have a disk each, and so do those that are played."""
+    return None if folder is None else folder if index == 0 else folder / f"device-{index + 1}"
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """The first one's status. Ctrl-C and SIGTERM are passed on: members leave at a step boundary."""
+
+    def pass_on(number: int, _: object) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = processes[0].wait()
+        for process in processes[1:]:
+            # The others have their last step as well, and only their end to come to.
+            with suppress(subprocess.TimeoutExpired):
+                if process.wait(_ENDED_S) != 0:
+                    device = processes.index(process) + 1
+                    sys.stderr.write(f"shoal: device {device} ended with status {process.returncode}\n")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return status
+
+
+def runs(*, as_json: bool) -> None:
+    """Lists the runs that this device takes part in."""
+    rows: list[dict[str, Any]] = []
+    for entry in registry.entries():
+        said = registry.ask(entry, "status")
+        rows.append(said or {"run": entry.run, "node": entry.node, "address": entry.address, "phase": "silent"})
+    if as_json:
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    if not rows:
+        sys.stdout.write("no run on this device: `shoal train SCRIPT` starts one\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("RUN", "DEVICE", "STATE", "STEP", "LOSS", "DEVICES", "SAMPLES/S", "ADDRESS"):
+        table.add_column(title, justify="right" if title in ("STEP", "LOSS", "DEVICES", "SAMPLES/S") else "left")
+    for row in rows:
+        loss = row.get("loss")
+        table.add_row(
+            row["run"],
+            str(row["node"])[:8],
+            row["phase"],
+            f"{row['step'] + 1}/{row['num_steps']}" if "step" in row else "",
+            f"{loss:.4f}" if loss is not None else "",
+            str(row.get("members", "")),
+            f"{row['samples_per_s']:.3g}" if "samples_per_s" in row else "",
+            row["address"],
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def leave(run: str, *, as_json: bool) -> None:
+    """Lets this device's members of a run leave at the next step boundary, and waits for it.
+
+    Raises:
+        ValueError: this device is in no such run.
+        DeviceRefused: one has not left in time.
+    """
+    own = [entry for entry in registry.entries() if entry.run == run]
+    if not own:
+        known = sorted({entry.run for entry in registry.entries()})
+        raise ValueError(f"this device is in no run '{run}'" + (f": it is in {', '.join(known)}" if known else ""))
+    for entry in own:
+        registry.ask(entry, "leave")
+    give_up_s = time.monotonic() + LEAVE_S
+    nodes = {entry.node for entry in own}
+    while nodes & {entry.node for entry in registry.entries()}:
+        if time.monotonic() > give_up_s:
+            raise DeviceRefused(f"a member of '{run}' has not left within {LEAVE_S:g} s: its step takes longer, or it hangs")
+        time.sleep(0.1)
+    if as_json:
+        sys.stdout.write(json.dumps({"run": run, "left": sorted(nodes)}) + "\n")
+    else:
+        sys.stdout.write(f"left '{run}' with {len(nodes)} member{'s' if len(nodes) > 1 else ''}\n")

@@ -1,0 +1,90 @@
+"""`shoal train`, `runs` and `leave` as a user meets them, with the examples as scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.runs import checkpoint as checkpoints
+from shoal.runs.progress import losses
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent
+DIGITS = ROOT / "examples" / "digits.py"
+SCRIPT = """
+import time, torch
+import shoal.pytorch as sp
+x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+data = torch.utils.data.TensorDataset(x)
+run = sp.join("slow", model=model, optimizer=optimizer, dataset=data, global_batch=8, steps=10000)
+for batch in run:
+    time.sleep(0.02)
+    run.step(model(batch.x[0]).square().sum())
+print("ended with", run.run.members)
+"""
+
+
+def environment(state: Path) -> dict[str, str]:
+    return {**os.environ, "SHOAL_STATE": str(state), "NO_COLOR": "1", "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
+
+
+def shoal(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shoal", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment(state), check=False)
+
+
+@pytest.mark.full
+def test_the_digits_are_learned_by_two_devices(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = shoal(tmp_path, "train", "--devices", "2", "--folder", str(folder), str(DIGITS))
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split("%")[0]) > 88.0
+    assert "digits: step 90/90, loss 0.0" in result.stderr
+    assert "2 devices" in result.stderr
+    assert len(losses(folder)) == 90
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    found = checkpoints.newest(folder)
+    assert found is not None
+    assert len(found[0].history) == 90
+    assert {len(entry.parts) for entry in found[0].history} == {2}
+
+
+@pytest.mark.full
+def test_runs_are_listed_and_left(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "shoal", "train", "--devices", "2", str(script)]
+    process = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        give_up_s = time.monotonic() + 40
+        rows: list[dict[str, object]] = []
+        while len(rows) < 2 or min(int(str(row["step"])) for row in rows) < 3:
+            assert time.monotonic() < give_up_s, (rows, process.poll())
+            time.sleep(0.3)
+            rows = json.loads(shoal(tmp_path, "runs", "--json").stdout)
+        assert {(row["run"], row["phase"], row["members"]) for row in rows} == {("slow", "active", 2)}
+        assert "no run 'other': it is in slow" in shoal(tmp_path, "leave", "other").stderr
+        assert "slow" in shoal(tmp_path, "runs").stdout
+        assert shoal(tmp_path, "leave", "slow").stdout == "left 'slow' with 2 members\n"
+        assert process.wait(20) == 0
+        assert "no run on this device" in shoal(tmp_path, "runs").stdout
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    missing = shoal(tmp_path, "train", "nothing.py")
+    assert missing.returncode == 2
+    assert missing.stderr == "shoal: nothing.py is no file: name a Python script that calls shoal.pytorch.join\n"
+    wrong = shoal(tmp_path, "train", "--peer", "nowhere", str(DIGITS))
+    assert wrong.stderr == "shoal: 'nowhere' is no address: write HOST:PORT\n"

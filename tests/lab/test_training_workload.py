@@ -1,0 +1,82 @@
+"""A fourth device joins three, one is killed, then all; with real processes, links and signals."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from shoal.lab.training_workload import Settings, Training, durations
+from shoal.runs import checkpoint as checkpoints
+from tests.lab.fixture import MakeLab, on_a_steady_host
+
+pytestmark = [pytest.mark.slow, pytest.mark.full]
+
+LAN_MBIT_S = 400.0
+TO_JOINER_MBIT_S = {"a": 40.0, "b": 80.0, "c": 160.0}
+NUM_PARAMETERS = 2_500_000
+COMPUTE_S = 6.0
+NUM_STEPS = 22
+
+
+def joined(lab: MakeLab, folder: Path) -> tuple[Training, float]:
+    """Three train, and a fourth has had its first step; when it was started."""
+    links = [{"between": [one, other], "rate_mbit_s": LAN_MBIT_S} for one, other in (("a", "b"), ("b", "c"), ("a", "c"))]
+    links += [{"between": [name, "d"], "rate_mbit_s": rate} for name, rate in TO_JOINER_MBIT_S.items()]
+    training = Training(lab({"devices": {name: {} for name in "abcd"}, "links": links}))
+    settings = Settings(NUM_PARAMETERS, NUM_STEPS, COMPUTE_S, members_min=3, folder=str(folder), checkpoint_every=4)
+    training.start("a", settings)
+    quiet = Settings(NUM_PARAMETERS, NUM_STEPS, COMPUTE_S, members_min=1)
+    for name in "bc":
+        training.start(name, quiet, peers=["a"])
+    training.wait_step("a", 4, 60.0)
+    started_s = training.steps("a")[-1].at_s
+    training.start("d", quiet, peers=["b"])
+    training.wait_step("d", 0, 40.0)
+    return training, started_s
+
+
+@pytest.mark.timeout(240)
+def test_a_fourth_device_joins_and_the_others_hardly_notice(lab: MakeLab, tmp_path: Path) -> None:
+    folders = iter(range(9))
+
+    def attempt() -> None:
+        training, started_s = joined(lab, tmp_path / str(next(folders)))
+        first = training.steps("d")[0]
+        for name in "abc":
+            steps = training.steps(name)
+            usual_s = statistics.median(durations(steps, until_s=started_s))
+            # Its own first step waits for its slow links as well; that is another figure.
+            before_s = next(step.at_s for step in steps if step.step == first.step - 1)
+            assert max(durations(steps, after_s=started_s, until_s=before_s)) <= usual_s + 0.3
+        for name in "abcd":
+            training.kill(name)
+
+    on_a_steady_host(attempt, attempts=3)
+
+
+def test_one_is_killed_then_all_and_the_checkpoint_goes_on(lab: MakeLab, tmp_path: Path) -> None:
+    training, _ = joined(lab, tmp_path / "a")
+    first = training.steps("d")[0]
+    training.wait_step("a", first.step + 2, 30.0)
+    training.kill("c")
+    step = training.steps("a")[-1].step
+    training.wait_step("a", step + 2, 30.0)
+    for name in "abd":
+        training.kill(name)
+    found = checkpoints.newest(tmp_path / "a")
+    assert found is not None
+    number = len(found[0].history)
+    assert step - 5 < number <= step + 4
+    training.start("a", Settings(NUM_PARAMETERS, NUM_STEPS, 1.0, members_min=2, folder=str(tmp_path / "a")))
+    training.start("b", Settings(NUM_PARAMETERS, NUM_STEPS, 1.0, members_min=1), peers=["a"])
+    wholes = [training.end(name, 60.0) for name in "ab"]
+    assert wholes[0]["entries"] == wholes[1]["entries"]
+    assert [entry[0] for entry in wholes[0]["entries"]] == list(range(NUM_STEPS))
+    assert wholes[0]["digest"] == wholes[1]["digest"]
+    spans = [span for span in wholes[0]["samples"] if span[0] != span[1]]
+    passes = [0, *(index for index in range(1, len(spans)) if spans[index][0] == 0), len(spans)]
+    for begin, stop in pairwise(passes):
+        assert all(one[1] == other[0] for one, other in pairwise(spans[begin:stop])), "samples exactly once, in order"

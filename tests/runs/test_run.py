@@ -1,0 +1,157 @@
+"""Runs with real sockets and threads: together as alone, joins, deaths, leaves, and what is left on disk."""
+
+from __future__ import annotations
+
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from shoal.errors import DamagedFile, DeviceRefused, DeviceUnreachable
+from shoal.lab.linear_model import Linear
+from shoal.runs import checkpoint as checkpoints
+from shoal.runs import run as run_module
+from shoal.training.samples import SampleOrder
+from tests.runs.members import GLOBAL_BATCH, NUM_SAMPLES, Member, alone, wait
+
+NUM_STEPS = 30
+pytestmark = pytest.mark.slow
+
+
+def check_ledger(members: list[Member], num_steps: int) -> None:
+    """Every sample once per pass, the same ledger and the same bits everywhere."""
+    first = members[0].run.entries
+    assert [entry.step for entry in first] == list(range(num_steps))
+    for member in members:
+        assert member.run.entries == first
+        for step, digest in member.digests.items():
+            assert digest.startswith(first[step].digest), f"step {step}"
+    order = members[0].order
+    for entry in first:
+        parts = [part for _, part in entry.parts if len(part)]
+        interval = order.interval(entry.step)
+        assert (parts[0].first, parts[-1].stop) == (interval.first, interval.stop)
+        assert all(one.stop == other.first for one, other in pairwise(parts))
+
+
+def test_three_together_learn_what_one_does_alone() -> None:
+    founder = Member(members_min=3, num_steps=NUM_STEPS)
+    members = [founder, *(Member(peers=(founder.run.address,), num_steps=NUM_STEPS) for _ in range(2))]
+    for member in members:
+        member.end()
+    losses, weights = alone(NUM_STEPS)
+    check_ledger(members, NUM_STEPS)
+    for member in members:
+        np.testing.assert_allclose([done.loss for done in member.done], losses, rtol=2e-4)
+        np.testing.assert_allclose(member.trainee.w, weights, rtol=1e-3, atol=1e-5)
+        assert member.trainee.seen[0] == NUM_STEPS
+        assert {done.num_members for done in member.done} == {3}
+    assert len({member.trainee.digest() for member in members}) == 1
+
+
+def test_one_joins_one_is_killed_one_leaves() -> None:
+    founder = Member(members_min=2, num_steps=90, compute_s=0.08)
+    second = Member(peers=(founder.run.address,), num_steps=90, compute_s=0.08)
+    founder.wait_step(5)
+    third = Member(peers=(second.run.address,), num_steps=90, compute_s=0.08, padding=0)
+    wait(lambda: len(third.done) > 3)
+    assert third.done[0].step > 4
+    fourth = Member(peers=(founder.run.address,), num_steps=90, compute_s=0.08)
+    wait(lambda: len(fourth.done) > 1)
+    second.crash()
+    step = founder.run._core.applied
+    founder.wait_step(step + 3)
+    assert len(founder.run.members) == 3
+    third.run.leave()
+    third.end()
+    assert third.run._core.applied < 89
+    for member in (founder, fourth):
+        member.end()
+    check_ledger([founder, fourth], 90)
+    assert len({member.trainee.digest() for member in (founder, fourth)}) == 1
+    assert founder.num_redone <= 2
+    np.testing.assert_allclose([done.loss for done in founder.done], alone(90)[0], rtol=1e-3)
+
+
+def test_the_founder_and_leader_may_die() -> None:
+    founder = Member(members_min=3, num_steps=30, compute_s=0.08)
+    others = [Member(peers=(founder.run.address,), num_steps=30, compute_s=0.08) for _ in range(2)]
+    founder.wait_step(6)
+    founder.crash()
+    for member in others:
+        member.end()
+    check_ledger(others, 30)
+
+
+def test_all_are_lost_and_another_number_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    founder = Member(members_min=2, num_steps=40, compute_s=0.05, folder=tmp_path)
+    second = Member(peers=(founder.run.address,), num_steps=40, compute_s=0.05)
+    founder.wait_step(13)
+    for member in (founder, second):
+        member.crash()
+    founder.run._disk.shutdown()
+    found = checkpoints.newest(tmp_path)
+    assert found is not None
+    first_step = len(found[0].history)
+    assert first_step in (10, 15)
+    again = Member(num_steps=40, folder=tmp_path, members_min=3)
+    others = [Member(peers=(again.run.address,), num_steps=40) for _ in range(2)]
+    for member in (again, *others):
+        member.end()
+    assert again.done[0].step == first_step
+    check_ledger([again, *others], 40)
+    np.testing.assert_allclose([done.loss for done in again.done], alone(40)[0][first_step:], rtol=1e-3)
+    end = checkpoints.newest(tmp_path)
+    assert end is not None
+    assert len(end[0].history) == 40
+
+
+def test_another_script_is_refused() -> None:
+    founder = Member(num_steps=1000, compute_s=0.1)
+    other = Member(peers=(founder.run.address,), num_steps=1000, order=SampleOrder(3, NUM_SAMPLES, GLOBAL_BATCH + 1))
+    other.thread.join(10.0)
+    assert isinstance(other.error, DeviceRefused)
+    assert "100, 13 and 3: start the same script" in str(other.error)
+    longer = Member(peers=(founder.run.address,), num_steps=999)
+    longer.thread.join(10.0)
+    assert "has 1000 steps, here 999" in str(longer.error)
+    founder.run.leave()
+    founder.end()
+
+
+def test_nobody_to_join_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "JOIN_S", 0.5)
+    lone = Member(peers=("127.0.0.1:1",))
+    lone.thread.join(10.0)
+    assert isinstance(lone.error, DeviceUnreachable)
+    assert str(lone.error).startswith("no member of the run answers at 127.0.0.1:1: is it started there")
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path) -> None:
+    trainee = Linear()
+    state, about = trainee.state()
+    saved = checkpoints.Checkpoint("test", "linear", [], about, checkpoints.state_hash(state))
+    path = checkpoints.write(tmp_path, saved, state)
+    found, read = checkpoints.read(path)
+    assert found == saved
+    trainee.w += 1
+    trainee.load(read, {})
+    assert not trainee.w.any()
+    data = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    assert msgspec.json.decode(data[8 : 8 + length])["w"]["shape"] == [50], "any reader of safetensors reads it"
+    newer = tmp_path / "step-0000000009.safetensors"
+    data[-1] ^= 1
+    newer.write_bytes(data)
+    with pytest.raises(DamagedFile, match="does not hold the state"):
+        checkpoints.read(newer)
+    newest = checkpoints.newest(tmp_path)
+    assert newest is not None
+    assert newest[0] == saved
+    for junk in (b"", b"\x00" * 8, b"\xff" * 8, bytes(data[:100])):
+        newer.write_bytes(junk)
+        with pytest.raises(DamagedFile):
+            checkpoints.read(newer)
