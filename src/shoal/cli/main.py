@@ -399,8 +399,17 @@ def confirm(
 
 
 @app.command()
-def leave(state: State = None, json: Json = False) -> None:
-    """Take this device out of its cluster."""
+def leave(
+    run: Annotated[str | None, typer.Argument(help="A training run of `shoal runs`; without it, the cluster.")] = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Take this device out of its cluster; or out of a training run, at the next step boundary: the others go on."""
+    if run is not None:
+        from shoal.cli import train
+
+        train.leave(run, as_json=json)
+        return
     from shoal.cli import members as verb
     from shoal.runtime.node.state import default_folder
 
@@ -453,14 +462,6 @@ def runs(json: Json = False) -> None:
     from shoal.cli import train as verb
 
     verb.runs(as_json=json)
-
-
-@app.command()
-def leave(run: Annotated[str, typer.Argument(help="A run of `shoal runs`.")], json: Json = False) -> None:
-    """Leave a training run at the next step boundary; the others go on."""
-    from shoal.cli import train as verb
-
-    verb.leave(run, as_json=json)
 
 
 lab_app = typer.Typer(
