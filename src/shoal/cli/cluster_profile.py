@@ -7,7 +7,6 @@ yet is assumed, and each assumption is named in what comes back, so that a plan 
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from shoal.placement.profile import (
     ModelProfile,
     System,
 )
-from shoal.runtime.channel import Channel, connect, split_address
+from shoal.runtime.channel import connect, split_address
 from shoal.runtime.deployment import CONTEXT_DEFAULT, LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, WorkerReport
 from shoal.units import MIB, format_bytes
@@ -37,7 +36,6 @@ MICRO_BATCH = 512
 _BATCH_COSTS_TOKENS = 8
 """A batch of 32 tokens against one: kernels for quantised weights gain about 4 on processors."""
 _GROWTH_BYTES = 48 * MIB
-_ROUND_TRIPS = 5
 _STATUS_TIMEOUT_S = 30.0
 
 
@@ -140,7 +138,7 @@ async def _measure_device(host: str, port: int, model: ModelFile, profile: Model
             raise ModelNotFound(
                 f"device {survey.device} ({host}:{port}) lacks the model: copy it into {survey.model_folders[0]}"
             )
-        round_trip_s = await _round_trip_s(channel)
+        round_trip_s = await channel.round_trip_s()
         start = StartWorker(engine=EngineId(secrets.randbits(63) | 1), model=model, memory_bytes=survey.memory_usable_bytes)
         await channel.send(start)
         report = await channel.expect(WorkerReport, timeout_s=MEASURE_TIMEOUT_S)
@@ -164,17 +162,6 @@ async def _measure_device(host: str, port: int, model: ModelFile, profile: Model
         ),
         round_trip_s,
     )
-
-
-async def _round_trip_s(channel: Channel) -> float:
-    """The least of some; an agent's answer takes longer than a worker's frame, so this is from above."""
-    taken = []
-    for _ in range(_ROUND_TRIPS):
-        started_s = time.perf_counter()
-        await channel.send(AskSurvey())
-        await channel.expect(Survey, timeout_s=_STATUS_TIMEOUT_S)
-        taken.append(time.perf_counter() - started_s)
-    return min(taken)
 
 
 def _system(text: str) -> System:

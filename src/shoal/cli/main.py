@@ -483,8 +483,8 @@ def lab_model(
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=4096, help="How many layers; all if not given.")] = None,
     quant: Annotated[
-        str, typer.Option(help="Q4_K_M, Q6_K, Q8_0, F16, ... as llama.cpp's quantiser.", metavar="TYPE")
-    ] = "Q4_K_M",
+        str | None, typer.Option(help="Q4_K_M (if not given), Q8_0, F16, ... as llama.cpp's quantiser.", metavar="TYPE")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     vocabulary: Annotated[
         int | None, typer.Option(min=1, max=1 << 20, help="How many tokens; as many as the model's if not given.")
@@ -498,10 +498,16 @@ def lab_model(
     if (like is None) == (source is None):
         raise ValueError("say whose shape random weights shall have with --like, or whose weights to take with --from")
     if source is not None:
+        if quant is None or layers is not None or vocabulary is not None:
+            raise ValueError(
+                "--from takes a whole model: name the type to write with --quant, such as F32; no --layers, --vocabulary"
+            )
         verb.rewrite(source, out, quant=quant, force=force, as_json=json)
         return
     assert like is not None
-    verb.model(out, like=like, layers=layers, quant=quant, seed=seed, vocabulary=vocabulary, force=force, as_json=json)
+    verb.model(
+        out, like=like, layers=layers, quant=quant or "Q4_K_M", seed=seed, vocabulary=vocabulary, force=force, as_json=json
+    )
 
 
 ScenarioName = Annotated[str, typer.Argument(help="A scenario of `shoal lab list`, or a .toml file.", metavar="SCENARIO")]

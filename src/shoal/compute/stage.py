@@ -261,10 +261,8 @@ class Stage:
 
     def _reserve(self) -> None:
         """Takes the activation buffer for the largest micro-batch over the whole context, and checks the kernels."""
-        windows = range(len(self.windows))
-        shapes = [_GraphShape(self.micro_batch, self._num_cells_max, self._outputs_max(), False, index) for index in windows]
-        # The one with most nodes; the last one, with the output projection, of equals.
-        for shape in sorted(shapes, key=lambda shape: (len(self.windows[shape.window]), shape.window)):
+        for window in range(len(self.windows)):
+            shape = _GraphShape(self.micro_batch, self._num_cells_max, self._outputs_max(), False, window)
             graph = _StageGraph(self, shape)
             self.backend.require_support(graph.graph)
             if not L.ggml_gallocr_reserve(self._allocator, graph.graph):

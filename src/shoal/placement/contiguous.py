@@ -98,7 +98,8 @@ def _assign(
     used = [(device, count) for device, count in zip(ring, counts, strict=True) if count or device is head]
     rounds_max = 1 if len(used) == 1 else min(count for _, count in used if count)
     if rounds is not None and not 1 <= rounds <= rounds_max:
-        raise ValueError(f"{rounds} rounds: 1 to {rounds_max} are possible, as many as the device with fewest layers has")
+        allowed = f"1 to {rounds_max} are possible, as many as the device with fewest layers has"
+        raise ValueError(f"{rounds} rounds: {allowed if len(used) > 1 else 'a device alone goes round once'}")
     plans = [_Rounds(used, head, model, rounds or 1, hop_s)]
     if rounds is None and plans[0].streams:
         # What counts is how many layers a window has at most.

@@ -70,7 +70,6 @@ from shoal.transport.link import listen
 GREETING_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 256
-_PINGS = 4
 _ENGINES_MAX = 8
 
 Request = Generate | Embed | LoadModel | UnloadModel | ListModels | Tokenize | Detokenize | ApplyTemplate
@@ -399,22 +398,11 @@ async def _lease_from(host: str, port: int, model: ModelFile, path: Path) -> tup
                 f"device {survey.device} ({host}:{port}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
-        round_trip_s = await _round_trip_s(channel)
+        round_trip_s = await channel.round_trip_s()
     except BaseException:
         await channel.close()
         raise
     return LeasedMember(survey.device, host, channel, round_trip_s=round_trip_s), survey.memory_usable_bytes
-
-
-async def _round_trip_s(channel: Channel) -> float:
-    """The least of a few: what is longer waited for a processor."""
-    times = []
-    for _ in range(_PINGS):
-        started_s = time.perf_counter()
-        await channel.send(Ping())
-        await channel.expect(Pong, timeout_s=SURVEY_TIMEOUT_S)
-        times.append(time.perf_counter() - started_s)
-    return min(times)
 
 
 async def _relay(channel: Channel, worker: WorkerProcess) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TypeVar
 
 import msgspec
@@ -19,12 +20,15 @@ from shoal.runtime.messages import (
     Failed,
     Hello,
     Message,
+    Ping,
+    Pong,
     decode,
     encode,
 )
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
+_PINGS = 4
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -93,6 +97,16 @@ class Channel:
         if not isinstance(message, kind):
             raise RemoteProtocolError(f"{self.peer} sent {type(message).__name__} where {kind.__name__} is due")
         return message
+
+    async def round_trip_s(self) -> float:
+        """How far the agent at the other end is: the least of a few tries, since what is longer waited for a processor."""
+        taken = []
+        for _ in range(_PINGS):
+            started_s = time.perf_counter()
+            await self.send(Ping())
+            await self.expect(Pong)
+            taken.append(time.perf_counter() - started_s)
+        return min(taken)
 
     async def close(self) -> None:
         self._writer.close()
