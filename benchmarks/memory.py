@@ -9,6 +9,7 @@ cache.
 * `ratio_one`: the worst of `measured_s / bound_s` (medians over rounds), and `ratios` by scenario.
 * `read_ratio`: bytes streamed per token over S where the disk is the bound; `page_ins` are what was read besides.
 * `ratio_ring`, `mmap_ratio` and `mmap_vs_llamacpp` (our speed over llama.cpp's): see `memory_ring.py`.
+* `prefill_ratio`: see `prefill.py`.
 * `oom_kills`, and per scenario `peak_bytes` (page cache included) and `pinned_bytes` (without it).
 
 All runs must give the same tokens.
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory_ring
-from benchmarks.models import random_model
+from benchmarks.models import random_model, smollm2
+from benchmarks.prefill import measure_prefill
 from benchmarks.record import finish, is_quick
 from shoal.compute.model import Model
 from shoal.errors import LabUnavailable
@@ -171,6 +173,7 @@ def main() -> None:
         ring = {} if is_quick() else memory_ring.measure_home(SCENARIOS, tokens=9)
         starved = {} if is_quick() else memory_ring.measure_starved(rounds=2, tokens=12)
         mapped = {} if is_quick() else memory_ring.measure_map_alone(rounds=1, tokens=6)
+        prefill = {} if is_quick() else measure_prefill(smollm2(), rounds=3)
     except LabUnavailable as error:
         sys.exit(f"shoal: {error}")
     ratios = {
@@ -187,7 +190,9 @@ def main() -> None:
         "ring_ratios": ring_ratios,
         "mmap_ratio": starved.get("mmap_ratio"),
         "mmap_vs_llamacpp": mapped.get("mmap_vs_llamacpp"),
+        "prefill_ratio": prefill.get("prefill_ratio"),
         "details": details,
+        "prefill": prefill,
         "ring": ring,
         "starved": starved,
         "alone": mapped,

@@ -16,6 +16,7 @@ import pytest
 
 from shoal.cli.demo import demo_model
 from shoal.lab.requantise import requantise
+from shoal.runtime.messages import EngineOptions
 from tests.oracle.llamacpp import Llama
 from tests.runtime.cluster import cluster, request
 from tests.runtime.prompts import passages
@@ -56,7 +57,9 @@ def disagreements(path: Path, texts: Sequence[Text], *, num_devices: int) -> lis
         found = []
         async with cluster(num_devices, path.parent, "--threads=1") as devices:
             for text in texts:
-                asked = request(path, prompt=None, token_ids=text.prompt_ids, forced_ids=text.ids)
+                # The same boundaries for any number of devices, or bits differ.
+                options = EngineOptions(num_threads=1, micro_batch=128)
+                asked = request(path, prompt=None, token_ids=text.prompt_ids, forced_ids=text.ids, options=options)
                 answer = await devices.ask(asked)
                 assert len(answer.engine.stages) == num_devices
                 assert len(answer.finished.best_ids) == len(text.ids)

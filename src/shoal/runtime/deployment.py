@@ -47,6 +47,9 @@ LOAD_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 70.0
 CONTEXT_DEFAULT = 4096
 MICRO_BATCH = 512
+MICRO_BATCH_RING = 128
+"""Of several devices: with few micro-batches they wait for each other at a prompt's beginning and end. Half of it would make
+up for no more of that, and smaller ones compute more slowly."""
 MICRO_BATCH_STREAMING = 64
 """Less room for activations is more for weights, which are read for every token; prompts are read more often for it."""
 _GROWTH_BYTES = 48 * MIB
@@ -249,7 +252,7 @@ async def deploy(
         reports = await _measure(members, engine, model, options, memory_bytes, report)
         context = _context(options, reports[0])
         inputs = (members, reports, memory_bytes, options, context, may_stream)
-        micro_batch = options.micro_batch or MICRO_BATCH
+        micro_batch = options.micro_batch or (MICRO_BATCH_RING if len(members) > 1 else MICRO_BATCH)
         placement = _place(*inputs, micro_batch=micro_batch)
         if options.micro_batch is None and any(stage.weights_bytes is not None for stage in placement.stages):
             micro_batch = MICRO_BATCH_STREAMING

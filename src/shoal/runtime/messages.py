@@ -232,7 +232,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
 
     context: int | None = None
     micro_batch: int | None = None
-    """Most tokens computed at once; None is 512, and 64 where weights are streamed and want the memory."""
+    """Most tokens computed at once; None is 512 on one device, 128 over several, which compute different ones at a time, and
+    64 where weights are streamed and want the memory."""
     layer_counts: list[int] | None = None
     rounds: int | None = None
     """How often a token goes round the ring; None leaves it to the planner."""

@@ -199,6 +199,7 @@ class RingHead:
         progress: Callable[[int], bool],
         scored: Callable[[MicroBatch, FloatArray], None] | None = None,
         wants_hidden: bool = False,
+        num_in_flight: int | None = None,
     ) -> FloatArray | None:
         """Computes `batches` of `token_ids`.
 
@@ -207,6 +208,7 @@ class RingHead:
             scored: takes every micro-batch with the logits [tokens, vocabulary] of all its tokens, a view that is
                 overwritten afterwards; without it only the prompt's last token gets logits.
             wants_hidden: normalised hidden states [tokens, hidden size] are computed instead of logits.
+            num_in_flight: most micro-batches under way at a time; None is one per stage, which is as many as may be.
 
         Returns:
             Logits after the last token, or None where `progress` stopped it. The ring is quiet either way.
@@ -216,10 +218,11 @@ class RingHead:
         between: dict[int, FloatArray] = {}
         """Hidden states that wait for their next round, by the number of their pass."""
         num_sent = num_done = 0
+        num_in_flight = num_in_flight or self.num_stages
         wanted = len(passes)
         done_tokens = 0.0
         while num_done < wanted:
-            while num_sent < wanted and num_sent - num_done < self.num_stages and passes[num_sent].after < num_done:
+            while num_sent < wanted and num_sent - num_done < num_in_flight and passes[num_sent].after < num_done:
                 self._start(token_ids, passes[num_sent], between)
                 num_sent += 1
             current = passes[num_done]
