@@ -24,11 +24,13 @@ IDS = np.random.default_rng(5).integers(0, 500, 40).tolist()
 
 
 @contextmanager
-def opened(path: Path, streaming: Streaming | None, *, windows: list[LayerRange] | None = None) -> Iterator[Stage]:
+def opened(
+    path: Path, streaming: Streaming | None, *, windows: list[LayerRange] | None = None, repack: bool = False
+) -> Iterator[Stage]:
     model, backend = Model(path), Backend(num_threads=1)
     layers = LayerRange(0, model.shape.num_layers)
     stage = Stage(
-        model, windows or [layers], backend, context=64, micro_batch=16, head=True, repack=False, streaming=streaming
+        model, windows or [layers], backend, context=64, micro_batch=16, head=True, repack=repack, streaming=streaming
     )
     try:
         yield stage
@@ -83,6 +85,23 @@ def test_what_is_streamed_may_change_in_the_middle(tiny_model: TinyModel) -> Non
             stage.stream_anew(Streaming(frozenset(names), 128 * 1024))
             assert np.array_equal(stage.forward_tokens([IDS[position]], position), expected[position - 16])
             assert stage.missing_bytes() == 0
+
+
+def test_copies_are_given_up_and_made_again(tiny_model: TinyModel) -> None:
+    path = tiny_model("llama", "Q4_0")
+    streaming = Streaming(frozenset(all_runs(path)[::3]), 64 * 1024)
+    with opened(path, streaming) as stage:
+        streamed = logits(stage)
+    with opened(path, None, repack=True) as stage:
+        copied, copied_bytes = logits(stage), stage.weights.copied_bytes
+        for _ in range(2):
+            stage.stream_anew(streaming)
+            assert stage.weights.copied_bytes == 0
+            assert np.array_equal(logits(stage), streamed)
+            stage.stream_anew(None)
+            assert stage.streamed is None
+            assert stage.weights.copied_bytes == copied_bytes
+            assert np.array_equal(logits(stage), copied)
 
 
 def test_each_token_reads_the_streamed_bytes_once(tiny_model: TinyModel) -> None:

@@ -19,7 +19,6 @@ from shoal.units import MIB
 from tests.lab.fixture import MakeLab
 
 PORT = 7433
-CAP_MIB = 400
 TOKENS = 100
 
 
@@ -34,15 +33,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Path) -> None:
+@pytest.mark.parametrize("cap_mib", [400, 640], ids=["streams at first", "holds everything at first"])
+def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Path, cap_mib: int) -> None:
     cluster = lab(
         {
-            "devices": {"home": {"memory_mib": CAP_MIB, "disk_mb_s": 800, "files": [{"path": str(model)}]}, "client": {}},
+            "devices": {"home": {"memory_mib": cap_mib, "disk_mb_s": 800, "files": [{"path": str(model)}]}, "client": {}},
             "links": [{"between": ["home", "client"]}],
         }
     )
     vouch_for(cluster, "home", cluster.files_folder("home") / model.name, original=model)
-    agent = cluster.start("home", f"shoal up --listen={{address}}:{PORT} --models={{files}} --memory={CAP_MIB * MIB}")
+    agent = cluster.start("home", f"shoal up --listen={{address}}:{PORT} --models={{files}} --memory={cap_mib * MIB}")
     cluster.wait_listening(agent, PORT)
     ask = (
         f"shoal run {cluster.files_folder('home') / model.name} --agent={{address:home}}:{PORT} --json --temperature=0 --raw"
@@ -53,7 +53,7 @@ def test_a_squeezed_device_gives_memory_back_and_goes_on(lab: MakeLab, model: Pa
         process, page_ins = cluster.start("client", ask), cluster.usage("home").page_ins
         if squeezed:
             time.sleep(3)
-            cluster.apply(Squeeze(device="home", memory_mib=CAP_MIB - 100))
+            cluster.apply(Squeeze(device="home", memory_mib=300))
         try:
             assert process.wait(90) == 0, process.stderr.read_text()
         except subprocess.TimeoutExpired:

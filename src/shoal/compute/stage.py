@@ -190,6 +190,7 @@ class Stage:
     def _place(self, streaming: Streaming | None) -> None:
         """Gives every tensor its place: in memory, or in the ring in its turn."""
         model, backend, head = self.model, self.backend, self.is_head
+        self.streaming = streaming
         by_window = matrix_names(model, self.windows, head=head)
         matrices = [name for names in by_window for name in names]
         vectors = [name for layer in self.layers for name in model.layer_vectors(layer)]
@@ -210,22 +211,24 @@ class Stage:
             turns = [run for run in in_order if run.name in streaming.names]
             self.streamed = StreamedTensors(model.file.part_paths, turns, streaming)
             in_order = [run for run in in_order if run.name not in streaming.names]
-        self._resident = [*in_order, *(tensors[name] for name in vectors)]
+        resident = [*in_order, *(tensors[name] for name in vectors)]
         self.weights = Weights(
             model.file,
-            self._resident,
+            resident,
             # Repacked kernels may give other bits, and a device that streams has no memory for copies.
             repackable=matrices if self._repack and streaming is None else (),
             backend=backend,
         )
         if streaming is not None:
-            model.file.keep_resident(self._resident)
+            model.file.keep_resident(resident)
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
 
-    def stream_anew(self, streaming: Streaming) -> None:
+    def stream_anew(self, streaming: Streaming | None) -> None:
         """Changes what is streamed, between two micro-batches; the cache stays.
+
+        Where all was in memory in an order of the device's own, or will be (`repack`), last bits may change.
 
         Raises:
             ValueError: the device has memory of its own.
@@ -239,7 +242,7 @@ class Stage:
 
     def missing_bytes(self) -> int:
         """Of the mapped weights that stay, how much the system has taken."""
-        return self.model.file.missing_bytes(self._resident)
+        return self.model.file.missing_bytes(self.weights.mapped)
 
     def _drop_graphs(self) -> None:
         for graph in self._graphs.values():

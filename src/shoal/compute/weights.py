@@ -18,8 +18,8 @@ from shoal.compute.gguf import GGUFFile, TensorInfo
 class Weights:
     """Tensors of one file, placed on one device.
 
-    `tensors[name]` is ready for use in graphs of this backend. `mapped_bytes` of them are reclaimable page cache,
-    `copied_bytes` are this process's own memory.
+    `tensors[name]` is ready for use in graphs of this backend. `mapped_bytes` of them are reclaimable page cache, those of
+    `mapped`; `copied_bytes` are this process's own memory.
 
     Args:
         infos: tensors of the file to place, or runs of rows of them.
@@ -30,6 +30,7 @@ class Weights:
         self, file: GGUFFile, infos: Sequence[TensorInfo], *, repackable: Iterable[str] = (), backend: Backend
     ) -> None:
         self.tensors: dict[str, ggml.Tensor] = {}
+        self.mapped: list[TensorInfo] = []
         self.mapped_bytes = 0
         self.copied_bytes = 0
         self._buffers: list[int] = []
@@ -58,6 +59,7 @@ class Weights:
             buffer = ggml.lib.ggml_backend_cpu_buffer_from_ptr(address, info.num_bytes)
             self._buffers.append(buffer)
             ggml.lib.ggml_backend_tensor_alloc(buffer, self.tensors[info.name], address)
+            self.mapped.append(info)
             self.mapped_bytes += info.num_bytes
 
     def _copy(self, file: GGUFFile, infos: list[TensorInfo], buffer_type: int) -> None:

@@ -22,7 +22,7 @@ from typing import BinaryIO, NoReturn, TypeVar
 
 from shoal import __version__
 from shoal.compute.backend import Backend
-from shoal.compute.gguf import GGUFFile
+from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
 from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
@@ -61,6 +61,8 @@ _FITS_SURELY_BYTES = 1024 * MIB
 """A memory larger than twice the model's file, and by this, surely holds it with its cache and the runtime."""
 _HEAD_ROOM_BYTES = 32 * MIB
 """For what no worker can know before: pages of programs and libraries, sockets, tokenizer and template."""
+_SPARE_BYTES = 64 * MIB
+"""Where less than this is free on the device, weights that were copied are given up for such that the system can take."""
 _RING_TIMEOUT_S = 60.0
 """For the previous stage to dial in: it may still be loading its layers."""
 
@@ -186,10 +188,13 @@ class Worker:
         streaming = None
         if assigned.residency == "window":
             streaming = self._slide_window(assigned)
-        elif assigned.memory_bytes is not None:
+        elif assigned.residency == "auto" and self._backend.is_host:
             self._beside_bytes = self._bytes_beside_weights(assigned)
-            streaming = self._choose_streaming(assigned, assigned.memory_bytes)
-            self._watch = MemoryWatch(assigned.memory_bytes) if streaming else None
+            memory_bytes = self._bytes_of_everything(assigned)
+            if assigned.memory_bytes is not None and assigned.memory_bytes < memory_bytes:
+                memory_bytes = assigned.memory_bytes
+                streaming = self._choose_streaming(assigned, memory_bytes)
+            self._watch = MemoryWatch(memory_bytes)
             self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._stage = stage = Stage(
             self._model,
@@ -220,26 +225,36 @@ class Worker:
         )
 
     def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
-        tensors = self._model.file.tensors
-        by_window = [
-            [run for name in names for run in row_runs(tensors[name])]
-            for names in matrix_names(self._model, assigned.windows, head=assigned.head)
-        ]
-        layers = [layer for window in assigned.windows for layer in range(window.first, window.stop)]
-        total_bytes = sum(run.num_bytes for runs in by_window for run in runs)
-        vector_bytes = sum(tensors[name].num_bytes for layer in layers for name in self._model.layer_vectors(layer))
+        by_window, vector_bytes = self._loads(assigned)
         # A token's time in a matrix goes with its bytes: both are dominated by reading it once.
-        per_byte_s = self._layer_s * len(layers) / max(1, total_bytes)
+        total_bytes = sum(run.num_bytes for runs in by_window for run in runs)
+        per_byte_s = self._layer_s * sum(map(len, assigned.windows)) / max(1, total_bytes)
         residency = choose_residency(
             [[TensorLoad(run.name, room_bytes(run), run.num_bytes * per_byte_s) for run in runs] for runs in by_window],
             available_bytes=memory_bytes - self._beside_bytes - vector_bytes,
-            read_bytes_per_s=self._read_bytes_per_s,
+            # Nobody asked how fast the disk is as long as everything fitted.
+            read_bytes_per_s=self._read_bytes_per_s or measure_read_rate(self._model.path),
             idle_s=assigned.idle_s,
             ring_bytes=assigned.ring_bytes,
         )
         if not residency.streamed:
             return None
         return Streaming(frozenset(residency.streamed), residency.ring_bytes)
+
+    def _bytes_of_everything(self, assigned: AssignLayers) -> int:
+        """What the worker takes with all its weights in memory."""
+        by_window, vector_bytes = self._loads(assigned)
+        return self._beside_bytes + vector_bytes + sum(room_bytes(run) for runs in by_window for run in runs)
+
+    def _loads(self, assigned: AssignLayers) -> tuple[list[list[TensorInfo]], int]:
+        """What may be streamed, by window in the order of use; and the bytes of the small tensors, which always stay."""
+        tensors = self._model.file.tensors
+        by_window = [
+            [run for name in names for run in row_runs(tensors[name])]
+            for names in matrix_names(self._model, assigned.windows, head=assigned.head)
+        ]
+        layers = [layer for window in assigned.windows for layer in range(window.first, window.stop)]
+        return by_window, sum(tensors[name].num_bytes for layer in layers for name in self._model.layer_vectors(layer))
 
     def _slide_window(self, assigned: AssignLayers) -> Streaming:
         """Nothing stays: layers pass through room for some of them, read ahead and forgotten after use.
@@ -278,18 +293,23 @@ class Worker:
         if self._watch is None or now_s < self._next_check_s:
             return
         self._next_check_s = now_s + CHECK_EVERY_S
+        stage, free_bytes = self._stage, available_bytes()
+        missing_bytes = stage.missing_bytes()
+        if stage.weights.copied_bytes:
+            # Copies are no page cache: nobody can take them, and who runs out of memory is killed.
+            missing_bytes = max(missing_bytes, _SPARE_BYTES - free_bytes)
         memory_bytes = self._watch.step(
-            missing_bytes=self._stage.missing_bytes(),
-            resident_bytes=self._stage.weights.mapped_bytes,
-            available_bytes=available_bytes(),
+            missing_bytes=missing_bytes,
+            resident_bytes=stage.weights.mapped_bytes + stage.weights.copied_bytes,
+            available_bytes=free_bytes,
             now_s=now_s,
         )
         if memory_bytes is None:
             return
         with contextlib.suppress(InfeasiblePlacement):  # it is as little as can be already
             streaming = self._choose_streaming(assigned, memory_bytes)
-            if streaming is not None:
-                self._stage.stream_anew(streaming)
+            if streaming != stage.streaming:
+                stage.stream_anew(streaming)
 
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
