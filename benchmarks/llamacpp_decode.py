@@ -1,4 +1,4 @@
-"""llama.cpp decoding in a process of its own, so that it can run on a device of the lab: seconds per token as JSON."""
+"""llama.cpp decoding in a process of its own, so that it can run on a device of the lab: mean seconds per token as JSON."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     arguments = parser.parse_args()
     with Llama(arguments.model, threads=1, context=arguments.context) as llama:
-        token_s = llama.time_decode(arguments.tokens, at_position=0)
-    print(json.dumps({"token_s": statistics.median(token_s)}))
+        # As with an answer of ours, weights have been read once when the first step is timed.
+        token_s = llama.time_decode(arguments.tokens, at_position=4)
+    print(json.dumps({"token_s": statistics.mean(token_s)}))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 The bound comes from cap, file and machine alone: `max(C, S / D)`. `C` is the time of a token with everything in memory,
 measured on a device alike without a cap; `D` is the disk's rate, which the lab sets; `S = weights + cache + floor - cap`
-are the bytes that cannot stay, where `floor` is what agent and worker take there beside weights and cache. Three caps make
-the disk the bound by two, both equal, and computing the bound by two. Every run starts with the file outside the page
-cache.
+are the bytes that cannot stay, where `floor` is the anonymous memory of an idle agent and worker. Three caps make the disk
+the bound by two, both equal, and computing the bound by two. Every run starts with the file outside the page cache.
 
 * `ratio_one`: the worst of `measured_s / bound_s` (medians over rounds), and `ratios` by scenario.
-* `read_ratio`: bytes streamed per token over S where the disk is the bound; `page_ins` are what was read besides.
-* `ratio_ring`, `mmap_ratio` and `mmap_vs_llamacpp` (our speed over llama.cpp's): see `memory_ring.py`.
+* `floor_mb`: that memory of an idle agent and worker.
+* `ratio_ring`, `mmap_ratio`, `mmap_vs_llamacpp` (our speed over llama.cpp's) and `read_ratio`: see `memory_ring.py`.
 * `prefill_ratio`: see `prefill.py`.
 * `oom_kills`, and per scenario `peak_bytes` (page cache included) and `pinned_bytes` (without it).
 
@@ -42,6 +41,7 @@ DISK_MB_S = 800.0
 CORES = 0.5
 """Little, so that a token takes long enough for a disk of that rate to matter."""
 CONTEXT = 512
+CONTEXT_MIN = 16
 SCENARIOS = {"disk": 2.0, "balanced": 1.0, "compute": 0.5}
 """Seconds of reading per second of computing."""
 AMPLE_MIB = 16 * 1024
@@ -63,7 +63,11 @@ class Bench:
         self._lab = lab
         self._file = lab.files_folder("home") / model.name
 
-    def answer(self, device: str, *, tokens: int, memory_bytes: int | None = None) -> dict[str, Any]:
+    def floor_bytes(self, device: str) -> int:
+        """Anonymous memory of an agent and a worker that wait, with hardly any cache and all weights in the map."""
+        return int(self.answer(device, tokens=1, context=CONTEXT_MIN)["anonymous_bytes"])
+
+    def answer(self, device: str, *, tokens: int, memory_bytes: int | None = None, context: int = CONTEXT) -> dict[str, Any]:
         """Asks for `tokens` and returns what the client printed, and what the device used meanwhile."""
         lab = self._lab
         copies.make_cold(self._file.parent)
@@ -78,7 +82,7 @@ class Bench:
             *(
                 "--threads=1",
                 "--no-repack",
-                f"--context={CONTEXT}",
+                f"--context={context}",
                 f"--max-tokens={tokens}",
                 "--raw",
                 "--",
@@ -97,8 +101,8 @@ class Bench:
         answer = json.loads(output)
         return {
             **answer,
-            "token_s": 1.0 / answer["tokens_per_s"],
-            "floor_bytes": after.pinned_bytes,
+            "token_s": 1.0 / answer["tokens_per_s"] if tokens > 1 else None,
+            "anonymous_bytes": after.anonymous_bytes,
             "pinned_bytes": pinned_bytes,
             "peak_bytes": after.memory_bytes_peak,
             "page_ins": after.page_ins - before.page_ins,
@@ -133,6 +137,7 @@ def measure(lab: Lab, model: Path, *, names: Sequence[str], tokens: int) -> dict
     cache_bytes = CONTEXT * opened.shape.num_layers * opened.shape.kv_bytes_per_token_and_layer
     opened.close()
     bench = Bench(lab, model)
+    floor_bytes = bench.floor_bytes("roomy")
     roomy = bench.answer("roomy", tokens=tokens)
     compute_s, expected_ids = roomy["token_s"], roomy["token_ids"]
     found: dict[str, dict[str, float]] = {}
@@ -140,7 +145,7 @@ def measure(lab: Lab, model: Path, *, names: Sequence[str], tokens: int) -> dict
     for name in names:
         disk_share = SCENARIOS[name]
         must_read_bytes = int(disk_share * compute_s * DISK_MB_S * 1e6)
-        cap_bytes = weights_bytes + roomy["floor_bytes"] + cache_bytes - must_read_bytes
+        cap_bytes = weights_bytes + floor_bytes + cache_bytes - must_read_bytes
         lab.apply(Squeeze(device="home", memory_mib=cap_bytes / MIB))
         answer = bench.answer("home", tokens=tokens, memory_bytes=cap_bytes)
         if answer["token_ids"] != expected_ids:
@@ -150,6 +155,7 @@ def measure(lab: Lab, model: Path, *, names: Sequence[str], tokens: int) -> dict
             "measured_s": answer["token_s"],
             "compute_s": compute_s,
             "cap_bytes": cap_bytes,
+            "floor_bytes": floor_bytes,
             "must_read_bytes": must_read_bytes,
             "streamed_bytes": sum(stage["streamed_bytes"] for stage in answer["stages"]),
             **{key: answer[key] for key in ("peak_bytes", "pinned_bytes", "oom_kills", "page_ins")},
@@ -172,7 +178,7 @@ def main() -> None:
             details = [measure(lab, model, names=names, tokens=tokens) for _ in range(rounds)]
         ring = {} if is_quick() else memory_ring.measure_home(SCENARIOS, tokens=9)
         starved = {} if is_quick() else memory_ring.measure_starved(rounds=2, tokens=12)
-        mapped = {} if is_quick() else memory_ring.measure_map_alone(rounds=1, tokens=6)
+        alone = {} if is_quick() else memory_ring.measure_alone(rounds=1, tokens=6)
         prefill = {} if is_quick() else measure_prefill(smollm2(), rounds=3)
     except LabUnavailable as error:
         sys.exit(f"shoal: {error}")
@@ -184,18 +190,19 @@ def main() -> None:
     figures = {
         "ratio_one": round(max(ratios.values()), 4),
         "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
-        "read_ratio": round(max(found["disk"]["streamed_bytes"] / found["disk"]["must_read_bytes"] for found in details), 4),
+        "read_ratio": alone.get("read_ratio"),
+        "floor_mb": round(details[0][names[0]]["floor_bytes"] / 1e6, 1),
         "oom_kills": sum(row["oom_kills"] for row in rows),
         "ratio_ring": max(ring_ratios.values(), default=None),
         "ring_ratios": ring_ratios,
         "mmap_ratio": starved.get("mmap_ratio"),
-        "mmap_vs_llamacpp": mapped.get("mmap_vs_llamacpp"),
+        "mmap_vs_llamacpp": alone.get("mmap_vs_llamacpp"),
         "prefill_ratio": prefill.get("prefill_ratio"),
         "details": details,
         "prefill": prefill,
         "ring": ring,
         "starved": starved,
-        "alone": mapped,
+        "alone": alone,
     }
     finish("memory", figures, {"disk_mb_s": DISK_MB_S, "cores": CORES, "context": CONTEXT, "tokens": tokens})
 

@@ -9,9 +9,12 @@ per device and token, at D bytes per second, where a device computes C,
 
 C and hops are measured with everything in memory.
 
+`floor` is the anonymous memory of an idle agent and worker.
+
 **The starved ring** has three devices without delays, 550 MB of layers each, a cap of 400 MB and a disk of 600 MB/s: planned
-by us, and with `--residency mmap`. **Alone**, one device with the same disk and room for two thirds of that model uses
-`--residency mmap`, and llama.cpp.
+by us, and with `--residency mmap`. **Alone**, one device with room for two thirds of that model uses `--residency mmap`, and
+llama.cpp, with the same disk; and streams from a faster one, where bytes read are counted at the disk over 50 tokens, beside
+a process that writes a log into the same memory (`read_ratio`: over W + KV + floor - cap).
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ CORES = 0.5
 """So slow that the disk of this machine can keep up with four devices that read at once."""
 STARVED_DISK_MB_S = 600.0
 STARVED_CAP_MB = 400.0
+READ_DISK_MB_S = 1500.0
 STARVED_LAYERS = (22, 22, 22)
 ASK_TIMEOUT_S = 300.0
 
@@ -114,8 +118,8 @@ class Ring:
         answer: dict[str, Any] = json.loads(output)
         return {
             **answer,
-            "token_s": 1.0 / answer["tokens_per_s"],
-            "pinned": [after[name].pinned_bytes for name in self.names],  # before the agents end
+            "token_s": 1.0 / answer["tokens_per_s"] if tokens > 1 else None,
+            "anonymous": [after[name].anonymous_bytes for name in self.names],  # before the agents end
             "peak": [after[name].memory_bytes_peak for name in self.names],
             "oom_kills": sum(after[name].oom_kills - before[name].oom_kills for name in self.names),
             "bytes_read": sum(after[name].bytes_read - before[name].bytes_read for name in self.names),
@@ -163,13 +167,13 @@ def measure_home(regimes: dict[str, float], *, tokens: int) -> dict[str, dict[st
         names = [name for name in lab.devices if name != "client"]
         ring = Ring(lab, model, names)
         equal = f"--layers={','.join(['12'] * len(names))}"
+        floors = ring.answer([equal], tokens=1)["anonymous"]
         roomy = ring.answer([equal], tokens=tokens)
         compute_s = sum(stage["compute_s"] for stage in roomy["stages"])
         hops_s = roomy["token_s"] - compute_s
         must_read_bytes = (1 - RESIDENT_SHARE) * total_bytes / len(names)
-        caps = [
-            int(pinned + RESIDENT_SHARE * total_bytes / len(names) + 12 * layer_cache_bytes) for pinned in roomy["pinned"]
-        ]
+        kept_bytes = RESIDENT_SHARE * total_bytes / len(names) + 12 * layer_cache_bytes
+        caps = [int(floor_bytes + kept_bytes) for floor_bytes in floors]
         for name, cap in zip(names, caps, strict=True):
             lab.apply(Squeeze(device=name, memory_mib=cap / MIB))
         for regime, disk_share in regimes.items():
@@ -195,6 +199,7 @@ def measure_home(regimes: dict[str, float], *, tokens: int) -> dict[str, dict[st
                 "streamed_bytes": sum(stage["streamed_bytes"] for stage in answer["stages"]),
                 "rounds": len(answer["stages"][0]["layers"]),
                 "peak_bytes": answer["peak"],
+                "floor_bytes": floors,
                 "cap_bytes": caps,
                 "oom_kills": answer["oom_kills"],
                 "stages": [
@@ -241,9 +246,9 @@ def measure_starved(*, rounds: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def alone(model: Path, cap_bytes: int) -> Scenario:
+def alone(model: Path) -> Scenario:
     files = [FileSpec(path=str(model.absolute()))]
-    device = DeviceSpec(memory_mib=cap_bytes / MIB, disk_mb_s=STARVED_DISK_MB_S, files=files)
+    device = DeviceSpec(memory_mib=AMPLE_MIB, disk_mb_s=READ_DISK_MB_S, files=files)
     links = [LinkSpec(between=("client", "only"))]
     return Scenario(
         name="alone",
@@ -254,26 +259,54 @@ def alone(model: Path, cap_bytes: int) -> Scenario:
     )
 
 
-def measure_map_alone(*, rounds: int, tokens: int) -> dict[str, Any]:
-    """Seconds per token of our map and of llama.cpp's, in turns, under the same cap."""
+def measure_alone(*, rounds: int, tokens: int) -> dict[str, Any]:
+    """What one device reads, and seconds per token of our map and of llama.cpp's, in turns, under the same cap."""
     model = starved_model()
-    played = alone(model, weights_bytes(model)[0] * 2 // 3)
+    total_bytes, layer_cache_bytes = weights_bytes(model)
+    played = alone(model)
     check(played, label="benchmark")
-    ours_s, theirs_s = [], []
     with Lab(played) as lab:
         ring = Ring(lab, model, ["only"])
+        (floor_bytes,) = ring.answer([], tokens=1)["anonymous"]
+        needed_bytes = total_bytes + sum(STARVED_LAYERS) * layer_cache_bytes + floor_bytes
+        cap_bytes = total_bytes * 2 // 3
+        lab.apply(Squeeze(device="only", memory_mib=cap_bytes / MIB))
+        read_bytes = _bytes_per_token(lab, ring, cap_bytes)
+        lab.apply(Disk(device="only", disk_mb_s=STARVED_DISK_MB_S))
+        ours_s, theirs_s = [], []
         for _ in range(rounds):
             ours_s.append(ring.answer(["--residency=mmap"], tokens=tokens)["token_s"])
-            copies.make_cold(lab.files_folder("only"))
-            ask = [sys.executable, "-m", "benchmarks.llamacpp_decode", str(lab.files_folder("only") / model.name)]
-            ask = ["env", f"PYTHONPATH={Path(__file__).parent.parent}", *ask, f"--tokens={tokens}", f"--context={CONTEXT}"]
-            status, output, errors = lab.run("only", ask, timeout_s=ASK_TIMEOUT_S)
-            if status != 0:
-                raise RuntimeError(f"llama.cpp: {errors.strip() or output}")
-            theirs_s.append(json.loads(output)["token_s"])
+            theirs_s.append(_llamacpp_token_s(lab, model, tokens))
             print("alone", ours_s[-1], theirs_s[-1], file=sys.stderr)
     return {
+        "read_ratio": read_bytes / (needed_bytes - cap_bytes),
+        "read_bytes": read_bytes,
+        "must_read_bytes": needed_bytes - cap_bytes,
         "ours_s": statistics.median(ours_s),
         "llamacpp_s": statistics.median(theirs_s),
         "mmap_vs_llamacpp": statistics.median(theirs / ours for ours, theirs in zip(ours_s, theirs_s, strict=True)),
     }
+
+
+def _bytes_per_token(lab: Lab, ring: Ring, cap_bytes: int) -> float:
+    """At the disk, over 50 tokens: what 56 of them read more than six, so that loading does not count."""
+    log = lab.device_folder("only") / "log"
+    writer = lab.start("only", ["sh", "-c", f"while :; do head -c 50000 /dev/zero >> {log}; sleep 0.1; done"])
+    try:
+        few, many = (ring.answer([], tokens=tokens, memory_bytes=[cap_bytes]) for tokens in (6, 56))
+    finally:
+        writer.popen.kill()
+        writer.popen.wait()
+        log.unlink(missing_ok=True)
+    print("reads", few["bytes_read"], many["bytes_read"], many["token_s"], file=sys.stderr)
+    return float(many["bytes_read"] - few["bytes_read"]) / 50
+
+
+def _llamacpp_token_s(lab: Lab, model: Path, tokens: int) -> float:
+    copies.make_cold(lab.files_folder("only"))
+    ask = [sys.executable, "-m", "benchmarks.llamacpp_decode", str(lab.files_folder("only") / model.name)]
+    ask = ["env", f"PYTHONPATH={Path(__file__).parent.parent}", *ask, f"--tokens={tokens}", f"--context={CONTEXT}"]
+    status, output, errors = lab.run("only", ask, timeout_s=ASK_TIMEOUT_S)
+    if status != 0:
+        raise RuntimeError(f"llama.cpp: {errors.strip() or output}")
+    return float(json.loads(output)["token_s"])

@@ -58,6 +58,7 @@ def test_usage_of_version_2(tmp_path: Path) -> None:
         memory_bytes=100,
         memory_bytes_peak=300,
         pinned_bytes=7,
+        anonymous_bytes=7,
         page_ins=5,
         bytes_read=5000,
         cpu_s=1.5,

@@ -48,14 +48,15 @@ class Limits(msgspec.Struct, frozen=True):
 class Usage(msgspec.Struct, frozen=True):
     """What a device has used since it was made.
 
-    `pinned_bytes` of the memory are no page cache: programs' own, shared and the kernel's. `page_ins` counts faults that
-    had to wait for the disk; `bytes_read` is what came from block devices; `oom_kills` are processes killed at the memory
-    limit; `throttled_s` is time spent waiting for the processor quota.
+    `pinned_bytes` of the memory are no page cache: programs' own (`anonymous_bytes`), shared and the kernel's. `page_ins`
+    counts faults that had to wait for the disk; `bytes_read` is what came from block devices; `oom_kills` are processes
+    killed at the memory limit; `throttled_s` is time spent waiting for the processor quota.
     """
 
     memory_bytes: int = 0
     memory_bytes_peak: int = 0
     pinned_bytes: int = 0
+    anonymous_bytes: int = 0
     page_ins: int = 0
     bytes_read: int = 0
     cpu_s: float = 0.0
@@ -273,6 +274,7 @@ def usage(hierarchy: Hierarchy, name: str) -> Usage:
             memory_bytes_peak=read.number("memory", "memory.max_usage_in_bytes"),
             # Version 1 counts kernel memory within its usage.
             pinned_bytes=read.number("memory", "memory.usage_in_bytes") - memory.get("cache", 0) + memory.get("shmem", 0),
+            anonymous_bytes=memory.get("rss", 0),
             page_ins=memory.get("pgmajfault", 0),
             bytes_read=_sum_reads_v1(read.text("blkio", "blkio.throttle.io_service_bytes")),
             cpu_s=read.number("cpuacct", "cpuacct.usage") * 1e-9,
@@ -284,6 +286,7 @@ def usage(hierarchy: Hierarchy, name: str) -> Usage:
         memory_bytes=read.number("memory", "memory.current"),
         memory_bytes_peak=read.number("memory", "memory.peak"),
         pinned_bytes=sum(memory.get(part, 0) for part in ("anon", "shmem", "kernel")),
+        anonymous_bytes=memory.get("anon", 0),
         page_ins=memory.get("pgmajfault", 0),
         bytes_read=_sum_reads_v2(read.text("io", "io.stat")),
         cpu_s=cpu.get("usage_usec", 0) * 1e-6,

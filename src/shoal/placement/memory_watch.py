@@ -4,6 +4,9 @@ Weights that stay are page cache: when the owner's programs need the room, the s
 back with a read of its own, the slowest way there is. So what was lost is streamed from then on, and when it has been
 quiet for a while and there is room, it is taken back. Whoever is wrong about that waits twice as long the next time.
 
+A little too much in memory is as bad as a lot: pages are used in turn, so the system takes the very ones that are needed
+next. Few are missing then at any time, and many are read again.
+
     as many as at first -- lost twice in a row --> fewer -- quiet for long, and room --> half of it more, at most as at first
 
 Pure: told what is missing, answers with bytes.
@@ -33,14 +36,17 @@ class MemoryWatch:
         self._quiet_s = QUIET_S
         self._grew_at_s: float | None = None
 
-    def step(self, *, missing_bytes: int, resident_bytes: int, available_bytes: int, now_s: float) -> int | None:
+    def step(
+        self, *, missing_bytes: int, resident_bytes: int, available_bytes: int, now_s: float, reread_bytes: int = 0
+    ) -> int | None:
         """What the worker may take from now on, or None for no change.
 
         Args:
             missing_bytes: of `resident_bytes`, which should all be in memory, that are not.
             available_bytes: what is free on the device.
+            reread_bytes: of them, that came back from the disk since the last step.
         """
-        if missing_bytes > _LOST_SHARE * resident_bytes:
+        if max(missing_bytes, reread_bytes) > _LOST_SHARE * resident_bytes:
             self._quiet_since_s = None
             # Once may be a passing need, and the next token brings it back.
             was_lost, self._was_lost = self._was_lost, not self._was_lost

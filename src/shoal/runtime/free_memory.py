@@ -6,12 +6,34 @@ there, but gives way, so it counts as free.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+try:
+    import resource
+except ImportError:  # Windows, which does not tell them apart from others
+    resource = None  # type: ignore[assignment]
+
 _GROUPS = Path("/sys/fs/cgroup")
+
+
+class PageFaults:
+    """What this process has waited for page by page: of the map, what was lost and came back."""
+
+    def __init__(self) -> None:
+        self._seen = _major_faults()
+
+    def since_last_bytes(self) -> int:
+        """Since it was asked before; a page each, so that what came along by read-ahead is not counted."""
+        seen, self._seen = self._seen, _major_faults()
+        return (self._seen - seen) * mmap.PAGESIZE
+
+
+def _major_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt if resource is not None else 0
 
 
 def available_bytes(*, membership: Path = Path("/proc/self/cgroup"), groups: Path = _GROUPS) -> int:

@@ -32,7 +32,7 @@ from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
 from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
-from shoal.runtime.free_memory import available_bytes
+from shoal.runtime.free_memory import PageFaults, available_bytes
 from shoal.runtime.messages import (
     AnyMessage,
     AssignLayers,
@@ -194,7 +194,7 @@ class Worker:
             if assigned.memory_bytes is not None and assigned.memory_bytes < memory_bytes:
                 memory_bytes = assigned.memory_bytes
                 streaming = self._choose_streaming(assigned, memory_bytes)
-            self._watch = MemoryWatch(memory_bytes)
+            self._watch, self._faults = MemoryWatch(memory_bytes), PageFaults()
             self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._stage = stage = Stage(
             self._model,
@@ -303,6 +303,7 @@ class Worker:
             resident_bytes=stage.weights.mapped_bytes + stage.weights.copied_bytes,
             available_bytes=free_bytes,
             now_s=now_s,
+            reread_bytes=self._faults.since_last_bytes(),
         )
         if memory_bytes is None:
             return
