@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` (install, model, run) and `make check` (all that CI runs).
 BIN := .venv/bin
-BENCHMARKS := single hop model-write lab memory api core members train plan
+BENCHMARKS := single against hop model-write lab memory api core members train plan
 
 .PHONY: help demo check check-full lint test swarm api-table pages clean $(BENCHMARKS:%=bench-%)
 
