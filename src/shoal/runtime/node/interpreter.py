@@ -373,6 +373,7 @@ class Interpreter:
         heapq.heappush(self._timers, (effect.at_s, self._timer_number, effect.key))
 
     def _store(self, effect: Store) -> None:
+        self.links.flush()  # what others wait for leaves before this device waits for its disk
         stored = Stored(effect.key, effect.number)
         if self.state.disk.is_durable:
             core = self.core
