@@ -10,7 +10,20 @@ from collections import deque
 from pathlib import Path
 
 from benchmarks.core import roster_of
-from shoal.effects import Announce, Commanded, Effect, Event, Learned, LinkOpened, Received, Send, SetTimer, Store, Stored, TimerFired
+from shoal.effects import (
+    Announce,
+    Commanded,
+    Effect,
+    Event,
+    Learned,
+    LinkOpened,
+    Received,
+    Send,
+    SetTimer,
+    Store,
+    Stored,
+    TimerFired,
+)
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import LinkChanged
 from shoal.membership.group import CreateGroup, JoinGroup, LeaveGroup, ReportProgress

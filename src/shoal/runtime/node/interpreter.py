@@ -51,7 +51,8 @@ from shoal.effects import (
     Watch,
 )
 from shoal.errors import RemoteProtocolError, ShoalError
-from shoal.ids import NodeId
+from shoal.ids import GroupId, NodeId
+from shoal.membership.group.facts import LeaderChanged
 from shoal.membership.presence import Outranked, SayGoodbye
 from shoal.membership.roster import MemberAdded, MemberRemoved, SetAddresses
 from shoal.membership.timing import Timing
@@ -60,7 +61,7 @@ from shoal.network.facts import GraphChanged, ResourcesObserved, RoundTripObserv
 from shoal.node import wire
 from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
-from shoal.runtime.node import clock
+from shoal.runtime.node import clock, priority
 from shoal.runtime.node.addresses import advertised
 from shoal.runtime.node.links import Links, message_frame
 from shoal.runtime.node.state import DeviceState
@@ -171,6 +172,8 @@ class Interpreter:
         self._is_stepping = False
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._stopping = False
+        self._led: set[GroupId] = set()
+        """Groups that this device leads."""
         self._restart_as = 0
         self._journal: Journal | None = None
         self._journal_file: Any = None
@@ -347,6 +350,7 @@ class Interpreter:
         self.links.close()
         self._timers.clear()
         self._armed.clear()
+        self._led.clear()
         self._pending.clear()
         if self._journal_file is not None:
             self._journal_file.close()
@@ -390,6 +394,8 @@ class Interpreter:
             self.links.set_members(self.core.roster.roster.members)
         elif isinstance(fact, Outranked):
             self._restart_as = fact.incarnation + 1
+        elif isinstance(fact, LeaderChanged):
+            self._note_leader(fact)
         if not isinstance(fact, GraphChanged):
             self.facts.append((self._now_s, fact))
             del self.facts[:-_FACTS_MAX]
@@ -398,12 +404,19 @@ class Interpreter:
         if self._on_fact is not None:
             self._on_fact(fact)
 
+    def _note_leader(self, fact: LeaderChanged) -> None:
+        before = bool(self._led)
+        (self._led.add if fact.leader == self.me else self._led.discard)(fact.group)
+        if self.options.is_realtime and bool(self._led) != before:
+            priority.become_realtime(priority.LEADER if self._led else priority.MEMBER)
+
     # ---- the loop
 
     def _run(self) -> None:
         try:
+            priority.give_way_soon()
             if self.options.is_realtime:
-                _become_realtime()
+                priority.become_realtime(priority.MEMBER)
             self._start_core()
             gc.collect()
             gc.freeze()  # what is there now stays; a collection need not look at it while a decision waits
@@ -513,13 +526,3 @@ def _on_mains() -> bool | None:
         if battery is not None:
             return bool(battery.power_plugged)
     return None
-
-
-def _become_realtime() -> bool:
-    """The thread runs before all others, where the system grants it; it sleeps nearly always."""
-    import os
-
-    with suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-        return True
-    return False
