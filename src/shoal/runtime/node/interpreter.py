@@ -42,6 +42,7 @@ from shoal.effects import (
     LinkClosed,
     LinkOpened,
     MeasureLink,
+    Observed,
     Received,
     Send,
     SetTimer,
@@ -63,10 +64,13 @@ from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
 from shoal.runtime.node import clock, priority
 from shoal.runtime.node.addresses import advertised
-from shoal.runtime.node.links import Links, message_frame
+from shoal.runtime.node.links import DEFAULT_PORT, Links, message_frame
+from shoal.runtime.node.probes import Probes
 from shoal.runtime.node.state import DeviceState
 from shoal.transport.control import ControlLink, FrameKind
 from shoal.transport.link import listen
+from shoal.transport.probe import Probe
+from shoal.transport.secure import TrustStore
 
 TIMING = Timing(heartbeat_s=0.15, silence_s=0.5, witness_s=0.15)
 """On TCP no single heartbeat is lost, so silence means something sooner than on a network that loses messages: a frozen
@@ -161,6 +165,7 @@ class Interpreter:
         self._awake, self._waker = socket.socketpair()
         self._awake.setblocking(False)
         self._waker.setblocking(False)
+        self.probes = Probes(self._probe_measured)
         self._selector.register(self._awake, selectors.EVENT_READ, self._on_awake)
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, str]] = []
@@ -254,7 +259,7 @@ class Interpreter:
                 self.links.hang_up(effect.peer)
             else:
                 assert type(effect) is MeasureLink
-                # TODO(#6): start-up probes; until then passive figures are all there is, and unmeasured stays unknown.
+                self._measure(effect)
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> None:
         """Has `act` called on this thread in `delay_s` seconds."""
@@ -311,6 +316,9 @@ class Interpreter:
     def contact_failed(self, peer: NodeId, text: str) -> None:
         if self.desk is not None:
             self.desk.contact_failed(peer, text)
+
+    def probe_came(self, sock: socket.socket, trust: TrustStore) -> None:
+        self.probes.take(sock, trust)
 
     # ---- a life of the core
 
@@ -384,6 +392,25 @@ class Interpreter:
             self.state.disk.store(effect.key, effect.value, lambda: self.post(lambda: self._stored(core, stored)))
         else:
             self.state.disk.store(effect.key, effect.value, lambda: self.step(stored))
+
+    def _measure(self, effect: MeasureLink) -> None:
+        self.probes.send(
+            effect.peer,
+            self.links.ways_to(effect.peer),
+            self.links.trust,
+            default_port=DEFAULT_PORT,
+            num_bytes_max=effect.num_bytes_max,
+            seconds_max=effect.seconds_max,
+        )
+
+    def _probe_measured(self, peer: NodeId, probe: Probe) -> None:
+        """Called by a thread of the probes'."""
+
+        def tell() -> None:
+            if peer in self.core.trusted:
+                self.step(Observed(peer, self.me, probe.num_bytes, probe.seconds))
+
+        self.post(tell)
 
     def _stored(self, core: NodeCore, stored: Stored) -> None:
         if self.core is core:
