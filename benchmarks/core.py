@@ -48,6 +48,17 @@ GROUP = GroupId("run")
 TICK_S = 0.001
 
 
+def roster_of(nodes: list[NodeId]) -> Roster:
+    """The first founded the cluster and added the others."""
+    first = SimulatedKeys(nodes[0])
+    statements = []
+    for node in nodes:
+        kind = "found" if node == nodes[0] else "add"
+        blank = Statement(kind, nodes[0], node, 1.7e9, public_key=SimulatedKeys(node).public_key, name=node)  # type: ignore[arg-type]
+        statements.append(msgspec.structs.replace(blank, signature=first.sign(signed_text(blank))))
+    return Roster({statement_key(each): each for each in statements})
+
+
 class Bench:
     """64 cores that talk to each other at once and without loss; every step is timed."""
 
@@ -57,7 +68,7 @@ class Bench:
         self.spent: dict[tuple[NodeId, str], list[float]] = {}
         self.queue: list[tuple[NodeId, Event]] = []
         self.timers: dict[tuple[NodeId, str], float] = {}
-        roster = self._roster()
+        roster = roster_of(self.nodes)
         self.cores = {
             node: NodeCore(
                 node,
@@ -73,15 +84,6 @@ class Bench:
         for node in self.nodes:
             self.queue.append((node, TimerFired(START)))
             self.queue += [(node, LinkOpened(peer)) for peer in self.nodes if peer != node]
-
-    def _roster(self) -> Roster:
-        first = SimulatedKeys(self.nodes[0])
-        statements = []
-        for node in self.nodes:
-            kind = "found" if node == self.nodes[0] else "add"
-            blank = Statement(kind, self.nodes[0], node, 1.7e9, public_key=SimulatedKeys(node).public_key, name=node)  # type: ignore[arg-type]
-            statements.append(msgspec.structs.replace(blank, signature=first.sign(signed_text(blank))))
-        return Roster({statement_key(each): each for each in statements})
 
     def _step(self, node: NodeId, event: Event) -> list[Effect]:
         core = self.cores[node]

@@ -22,6 +22,7 @@ from shoal.runtime.node.addresses import join_address
 from shoal.runtime.node.interpreter import Interpreter, NodeOptions
 from shoal.runtime.node.links import DEFAULT_PORT as DEFAULT_MEMBER_PORT
 from shoal.runtime.node.owner import OwnerDesk
+from shoal.runtime.node.priority import why_not_realtime
 from shoal.runtime.node.state import DeviceState, default_folder
 from shoal.units import format_bytes, parse_bytes
 
@@ -199,6 +200,8 @@ def _announce(options: AgentOptions, port: int, node: Interpreter | None, proble
             f"in a cluster of {known}" if known else "in no cluster yet: `shoal invite` here, or `shoal join` another's"
         )
         console.print(f"members reach it at {', '.join(node.addresses()) or 'no address, it dials'}; {cluster}")
+        if node.options.is_realtime and (refusal := why_not_realtime()):
+            console.print(f"[yellow]warning:[/] {refusal}")
     if problem:
         console.print(f"[yellow]warning:[/] no links to members: {problem}")
     console.print("Ctrl-C leaves.")

@@ -72,7 +72,7 @@ START = "start"
 """The timer to fire once after construction."""
 _GREETINGS_MAX = 256
 _GROUP_PREFIX = "group/"
-_ROSTER_MESSAGES = (RosterKeys, RosterStatements, StampGiven, Refused, JoinHello, JoinChallenge, JoinProof)
+_ROSTER_MESSAGES = frozenset((RosterKeys, RosterStatements, StampGiven, Refused, JoinHello, JoinChallenge, JoinProof))
 _ROSTER_DAMAGED = (
     "the stored '{key}' is damaged and left out: another member will bring what is missing; "
     "if none is trusted here, join again by a new invitation"

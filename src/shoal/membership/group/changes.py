@@ -75,8 +75,10 @@ class Changes:
         """The child of `old` that the present knowledge asks for; None where the record already says it all."""
         if self._is_shown(old):
             return None
-        members = self._next_members(old)
-        voters = self._next_voters(old, members)
+        touched = self._touched()
+        members = self._next_members(old, touched) if touched else old.members
+        is_same = members == old.members and not self.gone and len(old.voters) == min(len(members), VOTERS_MAX)
+        voters = old.voters if is_same else self._next_voters(old, members)
         cut_links = self._next_cuts(old, {member.node for member in members})
         attachments = old.attachments
         if self.attachments:
@@ -109,8 +111,16 @@ class Changes:
             not self.removed or not any(member.node in self.removed for member in old.members)
         )
 
-    def _next_members(self, old: Record) -> tuple[Member, ...]:
-        members = [wanted for member in old.members if (wanted := self._next_member(old, member)) is not None]
+    def _touched(self) -> set[NodeId]:
+        """Whose place in the record may change. A decision waits for this, so nobody else is looked at."""
+        return {*self.joins, *self.leaves, *self.ready, *self.gone, *self.removed}
+
+    def _next_members(self, old: Record, touched: set[NodeId]) -> tuple[Member, ...]:
+        members = []
+        for member in old.members:
+            wanted = self._next_member(old, member) if member.node in touched else member
+            if wanted is not None:
+                members.append(wanted)
         listed = {member.node for member in old.members}
         for node, (member, _) in self.joins.items():
             if node not in listed and node not in self.removed:

@@ -139,6 +139,8 @@ class GroupCore:
         """A leader has so long to reach the voters of a term or an epoch that has just begun."""
         self._checkpoint_at_s = _NEVER
         self._attempts = 0
+        self._delay_rests_on: tuple[object, ...] = ()
+        self._delay_s = 0.0
         self._votes: dict[NodeId, Vote] = {}
         self._acks: set[NodeId] = set()
         self._audience: list[NodeId] = []
@@ -352,8 +354,18 @@ class GroupCore:
         return self._now_s - self._contact_s if self.role not in NOT_IN else _NEVER
 
     def _stand_delay_s(self) -> float:
-        """Voters stand in turn; the part that differs from attempt to attempt keeps two from meeting again and again."""
-        voters = [voter for voter in self.committed.voters if voter != self.leader]
+        """Voters stand in turn; the part that differs from attempt to attempt keeps two from meeting again and again.
+
+        Asked for with every message of the leader, so the answer is kept as long as nothing it rests on changes.
+        """
+        record = self.committed
+        rests_on = (record.generation, record.epoch, self.leader, self.term, self._attempts)
+        if rests_on != self._delay_rests_on:
+            self._delay_rests_on, self._delay_s = rests_on, self._draw_delay_s(record)
+        return self._delay_s
+
+    def _draw_delay_s(self, record: Record) -> float:
+        voters = [voter for voter in record.voters if voter != self.leader]
         rank = voters.index(self.me) if self.me in voters else len(voters)
         seed = f"{self.me}/{self.term}/{self._attempts}".encode()
         chance = int.from_bytes(hashlib.blake2b(seed, digest_size=2).digest()) / 65536
@@ -624,11 +636,12 @@ class GroupCore:
         self._proposal, self._proposal_hash = record, record_hash(record)
         self._acks = set()
         self._proposed_s = self._now_s
+        # The others may write while this device does: their word does not rest on its own.
+        self._send(self.committed.voters, Propose(self._scope(), record))
         if self.can_vote():
             self.ballot.accept(self.term, record, self.me)
             acknowledgement = Acknowledge(self._scope(), self._proposal_hash)
             self._send_when_stored(self._store(), self.me, acknowledgement)
-        self._send(self.committed.voters, Propose(self._scope(), record))
 
     # ---- deciding
 

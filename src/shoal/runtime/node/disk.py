@@ -79,15 +79,16 @@ class Disk:
                 self._write_anew()
         except OSError as error:
             raise CannotWrite(f"{self.path} cannot be written: {error.strerror or error}") from error
-        with self._to_sync:
-            self._num_writes += 1
-            if self.is_durable:
-                self._waiting.append(done)
-            if not self._is_dirty:  # or it is awake already
-                self._is_dirty = True
-                self._to_sync.notify()
         if not self.is_durable:
+            # The other thread looks by itself: to wake it here would have it take the processor from an acknowledgement.
+            self._num_writes += 1
+            self._is_dirty = True
             done()
+            return
+        with self._to_sync:
+            self._waiting.append(done)
+            self._is_dirty = True
+            self._to_sync.notify()
 
     def close(self) -> None:
         """Ends it; everything is safe then."""
@@ -182,7 +183,11 @@ class Disk:
     def _sync_for_ever(self) -> None:
         while True:
             with self._to_sync:
-                self._to_sync.wait_for(lambda: self._is_dirty or self._is_closed)
+                if self.is_durable:
+                    self._to_sync.wait_for(lambda: self._is_dirty or self._is_closed)
+                else:
+                    while not self._is_dirty and not self._is_closed:
+                        self._to_sync.wait(_QUIET_S)
                 if not self._is_dirty:
                     return
                 if not self.is_durable:

@@ -42,6 +42,7 @@ from shoal.effects import (
     LinkClosed,
     LinkOpened,
     MeasureLink,
+    Observed,
     Received,
     Send,
     SetTimer,
@@ -51,7 +52,8 @@ from shoal.effects import (
     Watch,
 )
 from shoal.errors import RemoteProtocolError, ShoalError
-from shoal.ids import NodeId
+from shoal.ids import GroupId, NodeId
+from shoal.membership.group.facts import LeaderChanged
 from shoal.membership.presence import Outranked, SayGoodbye
 from shoal.membership.roster import MemberAdded, MemberRemoved, SetAddresses
 from shoal.membership.timing import Timing
@@ -60,12 +62,15 @@ from shoal.network.facts import GraphChanged, ResourcesObserved, RoundTripObserv
 from shoal.node import wire
 from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
-from shoal.runtime.node import clock
+from shoal.runtime.node import clock, priority
 from shoal.runtime.node.addresses import advertised
-from shoal.runtime.node.links import Links, message_frame
+from shoal.runtime.node.links import DEFAULT_PORT, Links, message_frame
+from shoal.runtime.node.probes import Probes
 from shoal.runtime.node.state import DeviceState
 from shoal.transport.control import ControlLink, FrameKind
 from shoal.transport.link import listen
+from shoal.transport.probe import Probe
+from shoal.transport.secure import TrustStore
 
 TIMING = Timing(heartbeat_s=0.15, silence_s=0.5, witness_s=0.15)
 """On TCP no single heartbeat is lost, so silence means something sooner than on a network that loses messages: a frozen
@@ -160,6 +165,7 @@ class Interpreter:
         self._awake, self._waker = socket.socketpair()
         self._awake.setblocking(False)
         self._waker.setblocking(False)
+        self.probes = Probes(self._probe_measured)
         self._selector.register(self._awake, selectors.EVENT_READ, self._on_awake)
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, str]] = []
@@ -171,6 +177,8 @@ class Interpreter:
         self._is_stepping = False
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._stopping = False
+        self._led: set[GroupId] = set()
+        """Groups that this device leads."""
         self._restart_as = 0
         self._journal: Journal | None = None
         self._journal_file: Any = None
@@ -251,7 +259,7 @@ class Interpreter:
                 self.links.hang_up(effect.peer)
             else:
                 assert type(effect) is MeasureLink
-                # TODO(#6): start-up probes; until then passive figures are all there is, and unmeasured stays unknown.
+                self._measure(effect)
 
     def call_later(self, delay_s: float, act: Callable[[], None]) -> None:
         """Has `act` called on this thread in `delay_s` seconds."""
@@ -309,6 +317,9 @@ class Interpreter:
         if self.desk is not None:
             self.desk.contact_failed(peer, text)
 
+    def probe_came(self, sock: socket.socket, trust: TrustStore) -> None:
+        self.probes.take(sock, trust)
+
     # ---- a life of the core
 
     def _begin(self, *, least: int = 1) -> None:
@@ -347,6 +358,7 @@ class Interpreter:
         self.links.close()
         self._timers.clear()
         self._armed.clear()
+        self._led.clear()
         self._pending.clear()
         if self._journal_file is not None:
             self._journal_file.close()
@@ -373,12 +385,32 @@ class Interpreter:
         heapq.heappush(self._timers, (effect.at_s, self._timer_number, effect.key))
 
     def _store(self, effect: Store) -> None:
+        self.links.flush()  # what others wait for leaves before this device waits for its disk
         stored = Stored(effect.key, effect.number)
         if self.state.disk.is_durable:
             core = self.core
             self.state.disk.store(effect.key, effect.value, lambda: self.post(lambda: self._stored(core, stored)))
         else:
             self.state.disk.store(effect.key, effect.value, lambda: self.step(stored))
+
+    def _measure(self, effect: MeasureLink) -> None:
+        self.probes.send(
+            effect.peer,
+            self.links.ways_to(effect.peer),
+            self.links.trust,
+            default_port=DEFAULT_PORT,
+            num_bytes_max=effect.num_bytes_max,
+            seconds_max=effect.seconds_max,
+        )
+
+    def _probe_measured(self, peer: NodeId, probe: Probe) -> None:
+        """Called by a thread of the probes'."""
+
+        def tell() -> None:
+            if peer in self.core.trusted:
+                self.step(Observed(peer, self.me, probe.num_bytes, probe.seconds))
+
+        self.post(tell)
 
     def _stored(self, core: NodeCore, stored: Stored) -> None:
         if self.core is core:
@@ -389,6 +421,8 @@ class Interpreter:
             self.links.set_members(self.core.roster.roster.members)
         elif isinstance(fact, Outranked):
             self._restart_as = fact.incarnation + 1
+        elif isinstance(fact, LeaderChanged):
+            self._note_leader(fact)
         if not isinstance(fact, GraphChanged):
             self.facts.append((self._now_s, fact))
             del self.facts[:-_FACTS_MAX]
@@ -397,12 +431,19 @@ class Interpreter:
         if self._on_fact is not None:
             self._on_fact(fact)
 
+    def _note_leader(self, fact: LeaderChanged) -> None:
+        before = bool(self._led)
+        (self._led.add if fact.leader == self.me else self._led.discard)(fact.group)
+        if self.options.is_realtime and bool(self._led) != before:
+            priority.become_realtime(priority.LEADER if self._led else priority.MEMBER)
+
     # ---- the loop
 
     def _run(self) -> None:
         try:
+            priority.give_way_soon()
             if self.options.is_realtime:
-                _become_realtime()
+                priority.become_realtime(priority.MEMBER)
             self._start_core()
             gc.collect()
             gc.freeze()  # what is there now stays; a collection need not look at it while a decision waits
@@ -512,13 +553,3 @@ def _on_mains() -> bool | None:
         if battery is not None:
             return bool(battery.power_plugged)
     return None
-
-
-def _become_realtime() -> bool:
-    """The thread runs before all others, where the system grants it; it sleeps nearly always."""
-    import os
-
-    with suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-        return True
-    return False

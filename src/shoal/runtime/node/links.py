@@ -79,6 +79,9 @@ class Listener(Protocol):
     def contact_failed(self, peer: NodeId, text: str) -> None:
         """The device that a token names cannot be reached; no more attempts are made."""
 
+    def probe_came(self, sock: socket.socket, trust: TrustStore) -> None:
+        """Somebody comes to measure the way here; the connection is the listener's now."""
+
     def post(self, act: Callable[[], None]) -> None:
         """Has `act` called on the links' thread."""
 
@@ -277,6 +280,18 @@ class Links:
             return ""
         return f"{'to' if held.link.is_dialled else 'from'} {held.link.address}"
 
+    @property
+    def trust(self) -> TrustStore:
+        """Whom TLS trusts now."""
+        return self._trust
+
+    def ways_to(self, peer: NodeId) -> tuple[str, ...]:
+        """Addresses at which `peer` may be dialled, the one that its link goes to first."""
+        held = self._open.get(peer)
+        device = self._members.get(peer)
+        dialled = (held.link.address,) if held is not None and held.link.is_dialled else ()
+        return tuple(dict.fromkeys((*dialled, *(device.addresses if device is not None else ()))))
+
     def ping(self) -> None:
         """Asks one open link for an echo, each in its turn; `round_trip_measured` follows.
 
@@ -423,6 +438,9 @@ class Links:
     def _begin(self, held: _Held) -> None:
         link = held.link
         trust = self._trust
+        if link.is_probe:
+            self._give_away(held)
+            return
         if link.is_stranger:
             if not self._may_come_in():
                 raise PeerNotTrusted(f"{link.address}: too many strangers at a time")
@@ -438,6 +456,13 @@ class Links:
                 trust = self._strangers
         self._unregister(held)
         link.begin_handshake(trust)
+
+    def _give_away(self, held: _Held) -> None:
+        """A connection that only measures is no concern of this thread."""
+        self._unregister(held)
+        self._held.pop(held.link, None)
+        self._half_open.pop(held, None)
+        self._listener.probe_came(held.link.socket, self._trust)
 
     def _may_come_in(self) -> bool:
         now_s = self._clock()

@@ -1,0 +1,65 @@
+"""Links that nobody used yet are measured, beside the control links and within bounds."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from shoal.network.probing import ProbingPolicy
+from shoal.runtime.node.owner import AskCluster, ClusterStatus, LinkStatus, OwnerLink
+from shoal.runtime.node.probes import INCOMING_MAX
+from shoal.transport.control import AS_PROBE, PREFACE_MAGIC
+from tests.runtime.node.test_strangers import pair
+
+
+def wait_until(is_so: Callable[[], bool], within_s: float = 10.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < end_s, "it did not come about"
+        time.sleep(0.02)
+
+
+def links(folder: Path) -> list[LinkStatus]:
+    with OwnerLink(folder) as owner:
+        return list(owner.ask(AskCluster(), ClusterStatus).links)
+
+
+def test_both_directions_have_a_rate_soon_after_the_start(tmp_path: Path) -> None:
+    with pair(tmp_path) as (desk, lap):
+        for name in ("desk", "lap"):
+            wait_until(lambda: all(link.rate_bytes_per_s is not None for link in links(tmp_path / name)))  # noqa: B023
+            for link in links(tmp_path / name):
+                assert link.rate_bytes_per_s is not None
+                assert link.rate_bytes_per_s.value > 1e6
+                assert link.rate_bytes_per_s.age_s < 20.0
+                assert link.state == "up"
+        for node in (desk, lap):
+            assert 1 <= node.probes.counters.num_sent <= 3
+            assert node.probes.counters.bytes_sent <= 3 * ProbingPolicy().start_up_bytes
+            assert node.probes.counters.num_failed == 0
+            assert node.links.counters.num_refused == 0, "a probe is no second control link"
+
+
+def test_connections_that_only_say_they_measure_are_few(tmp_path: Path) -> None:
+    with pair(tmp_path) as (desk, _), ExitStack() as stack:
+        num_more = 5
+        for _ in range(INCOMING_MAX + num_more):
+            silent = stack.enter_context(closing(socket.create_connection(("127.0.0.1", desk.port))))
+            silent.sendall(PREFACE_MAGIC + AS_PROBE)
+        wait_until(lambda: desk.probes.counters.num_refused >= num_more)
+        assert len(desk.links.peers()) == 1
+        stack.close()
+        wait_until(lambda: desk.probes.counters.num_refused >= num_more + INCOMING_MAX - 1)
+
+
+@pytest.mark.parametrize("letter", [b"X", b"\x00", b"p"])
+def test_other_letters_are_malformed(tmp_path: Path, letter: bytes) -> None:
+    with pair(tmp_path) as (desk, _), closing(socket.create_connection(("127.0.0.1", desk.port))) as sock:
+        sock.sendall(PREFACE_MAGIC + letter)
+        wait_until(lambda: desk.links.counters.num_malformed == 1)
+        assert desk.probes.counters.num_refused == 0
