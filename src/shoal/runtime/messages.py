@@ -118,6 +118,8 @@ class StartWorker(Message, frozen=True):
     repack: bool = True
     memory_bytes: int | None = None
     """What the model may use on this device; where that is little, the worker measures the disk too."""
+    encrypts: bool = False
+    """Whether the frames of its ring shall be encrypted, and its neighbours prove who they are."""
 
 
 class WorkerReport(Message, frozen=True):
@@ -173,6 +175,8 @@ class StageReady(Message, frozen=True):
     """Read from disk for every token."""
     holds_windows: bool = True
     """Whether what is streamed for one window can stay while a prompt's micro-batches pass."""
+    ring_key: bytes = b""
+    """The public key, 32 bytes, that the worker's links are proven with; none where the ring is not encrypted."""
 
 
 class ConnectRing(Message, frozen=True):
@@ -182,6 +186,9 @@ class ConnectRing(Message, frozen=True):
     next_port: int
     holds_windows: bool = True
     """Whether every stage does."""
+    next_key: bytes = b""
+    previous_key: bytes = b""
+    """What the neighbours' links are proven with."""
 
 
 class RingConnected(Message, frozen=True):
@@ -243,6 +250,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     num_threads: int | None = None
     compute_device: str | None = None
     repack: bool = True
+    encrypts: bool | None = None
+    """Whether what goes round the ring is encrypted; None: wherever the devices have proven to each other who they are."""
 
 
 class Generate(Message, frozen=True):
@@ -337,6 +346,8 @@ class EngineDescription(Message, frozen=True):
     context: int
     left_out: list[tuple[DeviceId, str]] = []
     hidden_size: int = 0
+    encrypts: bool = False
+    """Whether its devices proved to each other who they are, and what goes round is encrypted."""
 
 
 class Accepted(Message, frozen=True):

@@ -54,7 +54,7 @@ from shoal.runtime.messages import (
 from shoal.runtime.profile import ComputeProfile, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
-from shoal.transport.link import Inbound, Outbound, RingListener, dial
+from shoal.transport.link import Inbound, Outbound, RingKeys, RingListener, dial
 from shoal.units import MIB
 
 _FITS_SURELY_BYTES = 1024 * MIB
@@ -209,7 +209,9 @@ class Worker:
             prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
         )
         self._listener = None
+        self._ring_keys: RingKeys | None = None
         if assigned.num_stages > 1:
+            self._ring_keys = RingKeys() if start.encrypts else None
             self._listener = RingListener(start.ring_host, engine=self._engine, version=__version__)
         self._pipe.send(
             StageReady(
@@ -221,6 +223,7 @@ class Worker:
                 ring_bytes=stage.streamed.ring_bytes if stage.streamed else 0,
                 streamed_bytes=stage.streamed.turn_bytes if stage.streamed else 0,
                 holds_windows=stage.holds_windows,
+                ring_key=self._ring_keys.public_key if self._ring_keys else b"",
             )
         )
 
@@ -315,10 +318,22 @@ class Worker:
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
             return None, None
+        keys = self._ring_keys
+        if keys is not None and not (connect.next_key and connect.previous_key):
+            raise RemoteProtocolError("the head names no keys of this stage's neighbours, whose links are to be encrypted")
         # Everyone dials and is dialled at once: whoever did one after the other would wait for all the others.
         with ThreadPoolExecutor(1) as pool:
-            accepting = pool.submit(self._listener.accept, timeout_s=_RING_TIMEOUT_S)
-            sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
+            accepting = pool.submit(
+                self._listener.accept, timeout_s=_RING_TIMEOUT_S, keys=keys, previous_key=connect.previous_key
+            )
+            sock = dial(
+                connect.next_host,
+                connect.next_port,
+                engine=self._engine,
+                version=__version__,
+                keys=keys,
+                next_key=connect.next_key,
+            )
             inbound = accepting.result()
         self._listener.close()
         shape = frame_shape(self._stage, assigned.num_stages)
