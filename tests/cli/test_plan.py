@@ -84,8 +84,9 @@ def test_agents_are_measured_and_their_profiles_kept(model: Path, tmp_path: Path
     result = shoal("plan", str(model), "--memory", "1GB", "--json", "--save-profiles", str(kept))
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["assumed"]
+    assert answer["assumed"] == []
     cluster = decode_cluster(kept.read_bytes())
     assert cluster.head.times.layer_s > 0
+    assert cluster.head.spreads.keys() == {"layer_s", "batch_layer_s", "output_s"}
     again = shoal("plan", str(model), "--profiles", str(kept), "--json")
     assert json.loads(again.stdout)["plan"] == answer["plan"]
