@@ -6,12 +6,15 @@ yet is assumed, and each assumption is named in what comes back, so that a plan 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from shoal.cli.client import DEFAULT_PORT, agent_address, answers
 from shoal.compute.model import Model
 from shoal.errors import DeviceUnreachable, ModelNotFound, RequestError
 from shoal.ids import EngineId
@@ -22,11 +25,13 @@ from shoal.placement.profile import (
     LayerTimes,
     LinkProfile,
     ModelProfile,
+    ReadMode,
     System,
 )
 from shoal.runtime.channel import connect, split_address
 from shoal.runtime.deployment import CONTEXT_DEFAULT, LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, WorkerReport
+from shoal.runtime.model_store import ModelStore
 from shoal.units import MIB, format_bytes
 
 LINK_BYTES_PER_S_DEFAULT = 117e6
@@ -69,6 +74,27 @@ def model_profile(path: Path, *, context: int | None) -> ModelProfile:
         )
     finally:
         model.close()
+
+
+async def ask_cluster(
+    store: ModelStore, path: Path, profile: ModelProfile, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float
+) -> Measured:
+    """Measures the devices of the agent at `agent`, of this device's, or of one that is started with `own_agent` for it.
+
+    Raises:
+        DeviceUnreachable: a device does not answer.
+        ModelNotFound: a device lacks the model.
+    """
+
+    def report(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)  # noqa: T201
+
+    model = await asyncio.to_thread(store.identify, path)
+    if agent is None and (own_agent or not await answers("127.0.0.1", DEFAULT_PORT)):
+        own_agent = [*own_agent, f"--models={path.parent}"]  # it is asked for the file by content, wherever that lies
+    async with agent_address(agent, own_agent) as address:
+        return await measure_cluster(address, model, profile, link_bytes_per_s=link_bytes_per_s, report=report)
 
 
 async def measure_cluster(
@@ -164,11 +190,18 @@ async def _measure_device(
                 batch_layer_s=report.batch_layer_s,
                 output_s=report.output_s or report.layer_s * output_layers,
             ),
-            disk=Disk(mode="direct", read_bytes_per_s=report.read_bytes_per_s) if report.read_bytes_per_s else None,
+            disk=_disk(report),
             spreads=report.spreads,
         ),
         round_trip_s,
     )
+
+
+def _disk(report: WorkerReport) -> Disk | None:
+    """None where weights cannot be streamed, or surely all fit, so that nobody read."""
+    if not report.read_bytes_per_s:
+        return None
+    return Disk(mode=msgspec.convert(report.read_mode, ReadMode), read_bytes_per_s=report.read_bytes_per_s)
 
 
 def _system(text: str) -> System:

@@ -147,6 +147,8 @@ class WorkerReport(Message, frozen=True):
     """A layer for `BATCH_TOKENS` tokens at once."""
     output_s: float = 0.0
     """The output projection of one token; 0 where it was not measured."""
+    read_mode: str = "direct"
+    """How this device reads past the page cache: a `ReadMode` of `placement/profile.py`."""
     spreads: dict[str, float] = {}
     """By field, (longest - shortest) / median of its repetitions."""
 

@@ -25,7 +25,7 @@ from shoal.compute.backend import Backend
 from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
-from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
+from shoal.compute.streaming import Streaming, measure_read_rate, read_mode, ring_bytes_min, room_bytes, row_runs
 from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
 from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
@@ -184,6 +184,7 @@ class Worker:
                 ring_bytes_min=ring_bytes_min(self._model),
                 batch_layer_s=profile.batch_layer.seconds,
                 output_s=profile.output.seconds if profile.output else 0.0,
+                read_mode=read_mode(self._model.path) if self._read_bytes_per_s else "direct",
                 spreads=profile.spreads,
             )
         )
