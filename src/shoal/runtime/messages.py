@@ -116,12 +116,12 @@ class StartWorker(Message, frozen=True):
     compute_device: str | None = None
     ring_host: str = ""
     repack: bool = True
-    memory_bytes: int | None = None
-    """What the model may use on this device; where that is little, the worker measures the disk too."""
     for_plan: bool = False
     """Measure as thoroughly as a plan deserves, which takes longer than an engine's start should."""
     head: bool = False
     """For a plan: time the output projection too."""
+    memory_bytes: int | None = None
+    """What the model may use on this device; where that is little, the worker measures the disk too."""
 
 
 class WorkerReport(Message, frozen=True):
