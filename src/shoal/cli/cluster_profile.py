@@ -118,7 +118,7 @@ async def measure_cluster(
         assumed.append(f"{devices[0].id} projects to its vocabulary as fast as it computes layers of as many bytes")
     links = []
     if len(devices) > 1:
-        assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (--link-rate)")
+        assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (shoal plan --link-rate)")
         for first, source in enumerate(devices):
             for second, target in enumerate(devices):
                 if first != second:
