@@ -252,6 +252,29 @@ def plan(
 
 
 @app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A path, owner/repo[:QUANT], or the name of a file in a model folder.")],
+    agent: AgentAddress = None,
+    peer: Peers = None,
+    models: Models = None,
+    memory: Memory = None,
+    json: Json = False,
+) -> None:
+    """Measure how fast each device computes and reads a model, and say how far the repetitions lay apart."""
+    from shoal.cli import profile as verb
+    from shoal.cli.up import agent_options
+
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None)
+    verb.profile(
+        model,
+        agent=agent,
+        own_agent=_own_agent_arguments(peer, models, memory),
+        model_folders=models or [],
+        as_json=json,
+    )
+
+
+@app.command()
 def serve(
     model: Annotated[
         list[str] | None,

@@ -116,6 +116,10 @@ class StartWorker(Message, frozen=True):
     compute_device: str | None = None
     ring_host: str = ""
     repack: bool = True
+    for_plan: bool = False
+    """Measure as thoroughly as a plan deserves, which takes longer than an engine's start should."""
+    head: bool = False
+    """For a plan: time the output projection too."""
     memory_bytes: int | None = None
     """What the model may use on this device; where that is little, the worker measures the disk too."""
     encrypts: bool = False
@@ -141,6 +145,14 @@ class WorkerReport(Message, frozen=True):
     """Of the model file past the page cache; 0 where it was not measured or weights cannot be streamed."""
     ring_bytes_min: int = 0
     """The least memory through which this device streams weights."""
+    batch_layer_s: float = 0.0
+    """A layer for `BATCH_TOKENS` tokens at once."""
+    output_s: float = 0.0
+    """The output projection of one token; 0 where it was not measured."""
+    read_mode: str = "direct"
+    """How this device reads past the page cache: a `ReadMode` of `placement/profile.py`."""
+    spreads: dict[str, float] = {}
+    """By field, (longest - shortest) / median of its repetitions."""
 
 
 class AssignLayers(Message, frozen=True):

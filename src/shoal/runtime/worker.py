@@ -25,7 +25,7 @@ from shoal.compute.backend import Backend
 from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
-from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
+from shoal.compute.streaming import Streaming, measure_read_rate, read_mode, ring_bytes_min, room_bytes, row_runs
 from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
 from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
@@ -153,14 +153,22 @@ class Worker:
                 self._pipe.send(failure(error))
 
     def _measure(self, start: StartWorker) -> None:
-        profile = ComputeProfile(self._model, self._backend, num_threads=start.num_threads, repack=start.repack)
+        profile = ComputeProfile(
+            self._model,
+            self._backend,
+            num_threads=start.num_threads,
+            repack=start.repack,
+            for_plan=start.for_plan,
+            head=start.head,
+            memory_bytes=start.memory_bytes,
+        )
         self._threads = ThreadCounts(profile.num_threads, profile.num_threads_prefill)
-        self._layer_s = profile.layer_s
+        self._layer_s = profile.layer.seconds
         self._read_bytes_per_s = self._read_rate(start.memory_bytes)
         shape = self._model.shape
         self._pipe.send(
             WorkerReport(
-                layer_s=profile.layer_s,
+                layer_s=profile.layer.seconds,
                 num_threads=profile.num_threads,
                 num_threads_prefill=profile.num_threads_prefill,
                 runtime_bytes=own_bytes(),
@@ -174,6 +182,10 @@ class Worker:
                 compute_device=self._backend.device_name,
                 read_bytes_per_s=self._read_bytes_per_s,
                 ring_bytes_min=ring_bytes_min(self._model),
+                batch_layer_s=profile.batch_layer.seconds,
+                output_s=profile.output.seconds if profile.output else 0.0,
+                read_mode=read_mode(self._model.path) if self._read_bytes_per_s else "direct",
+                spreads=profile.spreads,
             )
         )
 
