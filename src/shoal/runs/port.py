@@ -23,7 +23,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 CONNECTIONS_MAX = 512
 _LENGTH = struct.Struct("<I")
 
-Kind = Literal["control", "chunks", "shelf", "ask"]
+Kind = Literal["control", "chunks", "shelf", "probe", "ask"]
 
 
 class Hello(msgspec.Struct, frozen=True):

@@ -49,7 +49,8 @@ from shoal.runs import checkpoint as checkpoints
 from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
-from shoal.topology.fapt import netstorm
+from shoal.runs.rates import Rates, answer, probe
+from shoal.topology.policy import has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
@@ -74,7 +75,7 @@ _DIGEST_BITS = 24
 """A float32 holds so many exactly."""
 _TAIL = 4
 """Behind gradients and buffers: summed loss, whether a later record is known, clip norm and how many gave one; then
-everyone's speed and digest."""
+everyone's speed and digest; then, for each member, how fast bytes come to it from each."""
 
 
 class Trainee(Protocol):
@@ -132,7 +133,11 @@ class StepDone(NamedTuple):
 class _Open(NamedTuple):
     epoch: int
     members: tuple[NodeId, ...]
-    exchange: Exchange | None
+    rates: dict[Link, float]
+    """What all members knew as the plan was last looked at."""
+    plan: Plan | None = None
+    exchange: Exchange | None = None
+    num_plans: int = 0
 
 
 class Run:
@@ -332,6 +337,8 @@ class Run:
                 "members": len(self.members),
                 "loss": self.loss,
                 "samples_per_s": round(core.samples_per_s, 2),
+                "plan": self._opened.plan.policy if self._opened is not None and self._opened.plan is not None else None,
+                "received_bytes_per_s": {node: round(rate) for node, rate in self.rates.bytes_per_s().items()},
                 "bytes_given": self.shelf.bytes_sent,
                 "warnings": [
                     *self.warnings[-8:],
@@ -355,6 +362,7 @@ class Run:
         self._task_s = self._stepped_s = time.monotonic()
         self._kept: dict[int, FloatArray] = {}
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.rates = Rates()
         self._errand += 1
         self._goal = ""
         self._donors: tuple[NodeId, ...] = ()
@@ -382,7 +390,7 @@ class Run:
         with self._lock:
             self._reset(history)
             self.shelf = Shelf(find=self._offer)
-            self._puller = Puller(self._dial_shelf)
+            self._puller = Puller(self._dial_shelf, observed=partial(self.rates.observe, is_full=False))
             self._control = Control(
                 self.name, self.me, on_fact=self._on_fact, on_status=self._on_status, on_gone=self._on_gone
             )
@@ -419,6 +427,9 @@ class Run:
                 self._changed.notify_all()
             if old is not None:
                 old.close()
+        elif hello.kind == "probe":
+            with suppress(ShoalError), sock:
+                answer(sock, partial(self.rates.observe, hello.node))
         else:
             self._answer(sock)
 
@@ -480,7 +491,7 @@ class Run:
             self._end_errand()
             if self._opened is not None:
                 self._end_exchange(self._opened, is_orderly=False)
-            self._opened = _Open(effect.epoch, effect.members, None)
+            self._opened = _Open(effect.epoch, effect.members, effect.rates)
             self._spawn(self._connect, self._opened)
         elif isinstance(effect, Compute):
             self._task = Task(effect.epoch, effect.step, effect.part)
@@ -548,6 +559,7 @@ class Run:
 
     def _on_gone(self, peer: NodeId) -> None:
         self._puller.forget(peer)
+        self.rates.forget(peer)
         with self._lock:
             opened = self._opened
         if opened is not None and peer in opened.members:
@@ -590,9 +602,11 @@ class Run:
                 if self._opened is not opened:
                     raise DeviceUnreachable("another epoch began")
                 if others:
-                    exchange = Exchange(self.me, {node: SocketWire(sock) for node, sock in found.items()})
-                    exchange.enter(0, plan_for(opened.members))
-                    self._opened = _Open(opened.epoch, opened.members, exchange)
+                    plan = plan_for(opened.members, opened.rates, num_bytes=self._gradient_bytes)
+                    wires = {node: SocketWire(sock) for node, sock in found.items()}
+                    exchange = Exchange(self.me, wires, observed=self.rates.observe)
+                    exchange.enter(0, plan)
+                    self._opened = opened._replace(plan=plan, exchange=exchange)
                     self._changed.notify_all()
         except (ShoalError, ValueError):
             for sock in found.values():
@@ -630,9 +644,9 @@ class Run:
         try:
             total = self._reduce(opened, self._contribution(opened, task, gradients, loss_sum, compute_s))
             place = opened.members.index(self.me)
-            num_tail = _TAIL + 2 * len(opened.members)
+            num_tail = _num_tail(len(opened.members))
             sums, tail = total[:-num_tail], total[-num_tail:]
-            self._check_digests(opened, tail[_TAIL + len(opened.members) :])
+            self._check_digests(opened, tail[_TAIL + len(opened.members) : _TAIL + 2 * len(opened.members)])
             if task.step >= self.settings.num_steps:
                 self._tell(m.Confirmed(task.epoch, task.step))
                 self.is_finished = True
@@ -642,6 +656,7 @@ class Run:
             mean[: self.trainee.num_gradients] /= np.float32(num_samples)
             if tail[3]:
                 self._clip(opened, mean[: self.trainee.num_gradients], float(tail[2] / tail[3]), place)
+            self._plan_anew(opened, tail[_TAIL + 2 * len(opened.members) :])
         except (ShoalError, TimeoutError) as error:
             if isinstance(error, Diverged):
                 raise
@@ -672,6 +687,30 @@ class Run:
         self.on_step(done)
         return done
 
+    def _plan_anew(self, opened: _Open, told: FloatArray) -> None:
+        """Between two steps, by what all members told with this one: so all go on with the same plan.
+
+        Args:
+            told: bytes/s to each member from each, 0 where unknown, [members * members].
+        """
+        members = opened.members
+        links = [Link(source, target) for target in members for source in members]
+        rates = {link: float(rate) for link, rate in zip(links, told, strict=True) if rate > 0}
+        if opened.exchange is None or opened.plan is None or not has_moved(opened.rates, rates):
+            return
+        plan = revised(opened.plan, rates, num_bytes=self._gradient_bytes)
+        num_plans = opened.num_plans
+        if plan is not opened.plan:
+            num_plans += 1
+            opened.exchange.enter(num_plans, plan)
+        with self._lock:
+            if self._opened is opened:
+                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans)
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return 4 * (self.trainee.num_gradients + self.trainee.num_buffers)
+
     def _adapt_share(self, step_s: float) -> None:
         """What a joiner pulls must not slow training: where steps become longer, it gets less."""
         recent = self._recent_s
@@ -691,12 +730,12 @@ class Run:
     ) -> FloatArray:
         trainee = self.trainee
         num_members, place = len(opened.members), opened.members.index(self.me)
-        x = np.zeros(trainee.num_gradients + trainee.num_buffers + _TAIL + 2 * num_members, np.float32)
+        x = np.zeros(trainee.num_gradients + trainee.num_buffers + _num_tail(num_members), np.float32)
         if gradients is not None:
             x[: trainee.num_gradients] = gradients
         if place == 0 and trainee.num_buffers:
             x[trainee.num_gradients : trainee.num_gradients + trainee.num_buffers] = trainee.buffers()
-        tail = x[-(_TAIL + 2 * num_members) :]
+        tail = x[-_num_tail(num_members) :]
         tail[0] = loss_sum
         tail[1] = self._core.knows_later_record
         if self._clip_norm is not None:
@@ -709,6 +748,10 @@ class Run:
         tail[_TAIL + place] = rate
         digest = self._last_digest
         tail[_TAIL + num_members + place] = int(digest[: _DIGEST_BITS // 4], 16) if digest else 0
+        received = self.rates.bytes_per_s()
+        row = tail[_TAIL + (2 + place) * num_members :][:num_members]
+        row[:] = [received.get(node, 0.0) for node in opened.members]
+        self._tell(m.Measured(received))
         return x
 
     def _reduce(self, opened: _Open, x: FloatArray) -> FloatArray:
@@ -872,9 +915,19 @@ class Run:
             fetched = self._fetch("state", errand, core)
             if fetched is not None:
                 self.transfer_s, self.transfer_bytes = fetched.complete.seconds, fetched.data.nbytes
+                self._probe()
                 self._inbox.put(partial(self._load, fetched, errand))
                 return
             time.sleep(POLL_S)
+
+    def _probe(self) -> None:
+        """The links between this joiner and its donors, one after the other; nobody waits for it."""
+        for node in self._donors:
+            address = self._control.addresses.get(node)
+            if address is not None:
+                with suppress(ShoalError), dial(address, Hello(self.name, "probe", self.me)) as sock:
+                    probe(sock, partial(self.rates.observe, node))
+        self._tell(m.Measured(self.rates.bytes_per_s()))
 
     def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
@@ -933,7 +986,5 @@ class _About(msgspec.Struct, frozen=True):
     about: dict[str, object]
 
 
-def plan_for(members: tuple[NodeId, ...]) -> Plan:
-    """Links that nobody measured count as equal: then each member sums an equal share, and all send to all."""
-    capacities = {Link(one, other): 1.0 for one in members for other in members if one != other}
-    return netstorm(capacities)
+def _num_tail(num_members: int) -> int:
+    return _TAIL + (2 + num_members) * num_members
