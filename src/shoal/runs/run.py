@@ -50,6 +50,7 @@ from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
 from shoal.runs.rates import Rates, answer, probe
+from shoal.runs.trust import Trust
 from shoal.topology.policy import has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
@@ -150,6 +151,7 @@ class Run:
         peers: addresses of members.
         folder: for checkpoints, one every `checkpoint_every` steps; a founder goes on from the newest.
         members_min: the first step waits for so many.
+        trust: what this member proves, and whom it talks to; None: links are plain and prove nothing.
 
     Raises:
         DeviceUnreachable: no peer answers.
@@ -169,8 +171,10 @@ class Run:
         checkpoint_every: int = 50,
         members_min: int = 1,
         samples_per_s: float = 1.0,
+        trust: Trust | None = None,
     ) -> None:
         self.name = GroupId(name)
+        self._trust = trust
         self.trainee = trainee
         self.settings = Settings(order, trainee.fingerprint, num_steps, 1)
         self.folder, self._checkpoint_every = folder, checkpoint_every
@@ -208,7 +212,7 @@ class Run:
         self._reset(None)
         history = self._restored()
         self._is_founder = not peers
-        self._port = Port(listen, self._accept)
+        self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
         self._begin(history if self._is_founder else None)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
@@ -349,7 +353,7 @@ class Run:
     # ---- beginning
 
     def _reset(self, history: list[Entry] | None) -> None:
-        self.me = NodeId(secrets.token_hex(8))
+        self.me = self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
         self._core = m.Member(
             self.me,
             self.settings.order,
@@ -392,7 +396,12 @@ class Run:
             self.shelf = Shelf(find=self._offer)
             self._puller = Puller(self._dial_shelf, observed=partial(self.rates.observe, is_full=False))
             self._control = Control(
-                self.name, self.me, on_fact=self._on_fact, on_status=self._on_status, on_gone=self._on_gone
+                self.name,
+                self.me,
+                on_fact=self._on_fact,
+                on_status=self._on_status,
+                on_gone=self._on_gone,
+                trust=self._trust,
             )
             self._control.start(self.address, self._peers)
             if history is not None:
@@ -448,7 +457,7 @@ class Run:
         address = self._control.addresses.get(node)
         if address is None:
             raise DeviceUnreachable(f"nobody knows where {node} listens")
-        return dial(address, Hello(self.name, "shelf", self.me))
+        return dial(address, Hello(self.name, "shelf", self.me), trust=self._trust, node=node)
 
     # ---- events of the core
 
@@ -618,7 +627,8 @@ class Run:
             address = self._control.addresses.get(node)
             if address is not None:
                 with suppress(DeviceUnreachable):
-                    return dial(address, Hello(self.name, "chunks", self.me, epoch=opened.epoch))
+                    hello = Hello(self.name, "chunks", self.me, epoch=opened.epoch)
+                    return dial(address, hello, trust=self._trust, node=node)
             if time.monotonic() > give_up_s or self._opened is not opened:
                 raise DeviceUnreachable(f"member {node} cannot be reached")
             time.sleep(POLL_S)
@@ -925,7 +935,8 @@ class Run:
         for node in self._donors:
             address = self._control.addresses.get(node)
             if address is not None:
-                with suppress(ShoalError), dial(address, Hello(self.name, "probe", self.me)) as sock:
+                hello = Hello(self.name, "probe", self.me)
+                with suppress(ShoalError), dial(address, hello, trust=self._trust, node=node) as sock:
                     probe(sock, partial(self.rates.observe, node))
         self._tell(m.Measured(self.rates.bytes_per_s()))
 
