@@ -7,18 +7,22 @@ A probe is what says something of the links away from a joiner, which nothing el
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 
+from shoal.errors import RemoteProtocolError
 from shoal.ids import NodeId
 from shoal.network.estimate import RateEstimator
 from shoal.runs.port import receive_message, send_message
+from shoal.units import format_bytes
 
 PROBE_BYTES = 512 * 1024
 PROBE_S = 0.5
 PROBE_WAIT_S = 5.0
 _PIECE_BYTES = 32 * 1024
+_SECONDS = struct.Struct("<d")
 
 Observed = Callable[[int, float], None]
 """Bytes, and the seconds in which they came."""
@@ -48,18 +52,47 @@ class Rates:
         return {peer: figure.mean for peer, figure in figures.items() if figure is not None}
 
 
-def probe(sock: socket.socket, observed: Observed) -> None:
-    """Sends and then takes a probe. Raises LinkClosed, RemoteProtocolError."""
+def probe(sock: socket.socket, observed: Observed) -> float:
+    """Sends and then takes a probe.
+
+    Returns:
+        Seconds of a usual step at the other end; 0: it has had none.
+
+    Raises:
+        LinkClosed, RemoteProtocolError.
+    """
     sock.settimeout(PROBE_WAIT_S)
     _give(sock)
     _take(sock, observed)
+    said = receive_message(sock)
+    if len(said) != _SECONDS.size:
+        raise RemoteProtocolError(f"a probe that ends with {len(said)} bytes instead of {_SECONDS.size}")
+    return float(_SECONDS.unpack(said)[0])
 
 
-def answer(sock: socket.socket, observed: Observed) -> None:
+def answer(sock: socket.socket, observed: Observed, step_s: float) -> None:
     """The other end of `probe`. Raises LinkClosed, RemoteProtocolError."""
     sock.settimeout(PROBE_WAIT_S)
     _take(sock, observed)
     _give(sock)
+    send_message(sock, _SECONDS.pack(step_s))
+
+
+def shortage(gradient_bytes: int, step_s: float, link_bytes_per_s: float) -> str:
+    """A line for the owner of a device that gradients would reach too slowly to catch up; empty where they do not.
+
+    Args:
+        step_s: of the others' steps, above 0.
+        link_bytes_per_s: what the links to this device carry together.
+    """
+    needed_bytes_per_s = gradient_bytes / step_s
+    if link_bytes_per_s >= needed_bytes_per_s:
+        return ""
+    return (
+        f"the run makes {format_bytes(gradient_bytes)} of gradient every {step_s:.2g} s, "
+        f"{format_bytes(needed_bytes_per_s)}/s, and the links to this device carry {format_bytes(link_bytes_per_s)}/s: it "
+        "will not catch up; take a faster link, a smaller model, or a larger global batch"
+    )
 
 
 def _give(sock: socket.socket) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import secrets
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -49,7 +50,7 @@ from shoal.runs import checkpoint as checkpoints
 from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
-from shoal.runs.rates import Rates, answer, probe
+from shoal.runs.rates import Rates, answer, probe, shortage
 from shoal.runs.trust import Trust
 from shoal.topology.policy import has_moved, plan_for, revised
 from shoal.topology.tree import Plan
@@ -438,7 +439,7 @@ class Run:
                 old.close()
         elif hello.kind == "probe":
             with suppress(ShoalError), sock:
-                answer(sock, partial(self.rates.observe, hello.node))
+                answer(sock, partial(self.rates.observe, hello.node), self._usual_step_s())
         else:
             self._answer(sock)
 
@@ -723,13 +724,17 @@ class Run:
 
     def _adapt_share(self, step_s: float) -> None:
         """What a joiner pulls must not slow training: where steps become longer, it gets less."""
-        recent = self._recent_s
-        usual_s = sorted(recent)[len(recent) // 2] if recent else step_s
-        recent.append(step_s)
+        usual_s = self._usual_step_s() or step_s
+        self._recent_s.append(step_s)
         if step_s > SLOWER * usual_s:
             self.shelf.share = max(SHARE_MIN, self.shelf.share / 2)
         else:
             self.shelf.share = min(1.0, self.shelf.share + SHARE_MORE)
+
+    def _usual_step_s(self) -> float:
+        """Of the last steps; 0 before the first."""
+        recent = sorted(self._recent_s)
+        return recent[len(recent) // 2] if recent else 0.0
 
     def _is_over(self) -> bool:
         """All steps are applied, and a member that has seen the end is gone."""
@@ -931,14 +936,26 @@ class Run:
             time.sleep(POLL_S)
 
     def _probe(self) -> None:
-        """The links between this joiner and its donors, one after the other; nobody waits for it."""
+        """The links between this joiner and its donors, one after the other; nobody waits for it.
+
+        Where they cannot carry all gradients, the owner is told: this device would stay a shadow.
+        """
+        steps_s: list[float] = []
         for node in self._donors:
             address = self._control.addresses.get(node)
             if address is not None:
                 hello = Hello(self.name, "probe", self.me)
                 with suppress(ShoalError), dial(address, hello, trust=self._trust, node=node) as sock:
-                    probe(sock, partial(self.rates.observe, node))
-        self._tell(m.Measured(self.rates.bytes_per_s()))
+                    steps_s.append(probe(sock, partial(self.rates.observe, node)))
+        received = self.rates.bytes_per_s()
+        self._tell(m.Measured(received))
+        step_s = statistics.median(steps_s) if steps_s else 0.0
+        if step_s > 0 and (line := shortage(self._gradient_bytes, step_s, sum(received.values()))):
+            self._warn(line)
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        sys.stderr.write(f"shoal: {line}\n")
 
     def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
@@ -978,8 +995,7 @@ class Run:
             try:
                 checkpoints.write(folder, saved, state)
             except ShoalError as error:
-                self.warnings.append(str(error))
-                sys.stderr.write(f"shoal: {error}\n")
+                self._warn(str(error))
 
         self._disk.submit(save)
 
