@@ -88,3 +88,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert missing.stderr == "shoal: nothing.py is no file: name a Python script that calls shoal.pytorch.join\n"
     wrong = shoal(tmp_path, "train", "--peer", "nowhere", str(DIGITS))
     assert wrong.stderr == "shoal: 'nowhere' is no address: write HOST:PORT\n"
+    alone = shoal(tmp_path, "train", "--peer", "127.0.0.1:1", str(DIGITS))
+    assert "members of a run prove who they are: start `shoal up`" in alone.stderr
+    open_ = shoal(tmp_path, "train", "--plain", "--listen", "192.0.2.1:7500", str(DIGITS))
+    assert "192.0.2.1:7500 is reachable for others" in open_.stderr

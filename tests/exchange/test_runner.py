@@ -197,3 +197,27 @@ def test_frames_say_what_they_are() -> None:
         unpack(data, payload_bytes_max=1020)
     with pytest.raises(RemoteProtocolError, match="another protocol"):
         unpack(b"HTTP" + data[4:], payload_bytes_max=1024)
+
+
+def test_a_link_is_timed_while_its_sender_is_never_idle() -> None:
+    a, b = NodeId("a"), NodeId("b")
+    pair = socket.socketpair()
+    found: list[tuple[NodeId, int, float]] = []
+    plan = netstorm({Link(a, b): 1.0, Link(b, a): 1.0})
+    with (
+        Exchange(a, {b: SocketWire(pair[0])}) as one,
+        Exchange(b, {a: SocketWire(pair[1])}, observed=lambda *each: found.append(each)) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        began_s = time.monotonic()
+        for exchange in (one, other):
+            exchange.enter(0, plan)
+        x = np.ones(2_000_000, np.float32)
+        for _ in range(3):
+            for total in pool.map(lambda exchange: exchange.all_reduce(x), (one, other)):
+                assert total[0] == 2.0
+        took_s = time.monotonic() - began_s
+    assert {peer for peer, _, _ in found} == {a}
+    num_bytes, seconds = sum(each[1] for each in found), sum(each[2] for each in found)
+    assert x.nbytes / 2 < num_bytes <= 3.1 * x.nbytes
+    assert 0 < seconds <= took_s

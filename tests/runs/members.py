@@ -12,6 +12,7 @@ import numpy as np
 from shoal.exchange.runner import FloatArray
 from shoal.lab.linear_model import Linear
 from shoal.runs.run import Run, StepDone
+from shoal.runs.trust import Trust
 from shoal.training.samples import SampleOrder
 
 NUM_SAMPLES, GLOBAL_BATCH = 100, 12
@@ -32,13 +33,14 @@ class Member:
         checkpoint_every: int = 5,
         clip_norm: float | None = 5.0,
         order: SampleOrder | None = None,
+        trust: Trust | None = None,
     ) -> None:
         self.trainee = Linear(padding=padding)
         self.compute_s, self.clip_norm = compute_s, clip_norm
         self.order = order or SampleOrder(3, NUM_SAMPLES, GLOBAL_BATCH)
         self.run = Run(
             "test", self.trainee, self.order, num_steps=num_steps, peers=peers, members_min=members_min, folder=folder,
-            checkpoint_every=checkpoint_every,
+            checkpoint_every=checkpoint_every, trust=trust,
         )  # fmt: skip
         self.done: list[StepDone] = []
         self.digests: dict[int, str] = {}

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from shoal.errors import DamagedFile, DeviceRefused, DeviceUnreachable
+from shoal.ids import NodeId
 from shoal.lab.linear_model import Linear
 from shoal.runs import checkpoint as checkpoints
 from shoal.runs import run as run_module
+from shoal.runs.run import StepDone
+from shoal.topology.tree import Plan
 from shoal.training.samples import SampleOrder
 from tests.runs.members import GLOBAL_BATCH, NUM_SAMPLES, Member, alone, wait
 
@@ -50,6 +53,48 @@ def test_three_together_learn_what_one_does_alone() -> None:
         assert member.trainee.seen[0] == NUM_STEPS
         assert {done.num_members for done in member.done} == {3}
     assert len({member.trainee.digest() for member in members}) == 1
+
+
+def test_a_plan_changes_between_steps_where_measured_rates_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    founder = Member(members_min=3, num_steps=30, compute_s=0.03, padding=100_000)
+    members = [
+        founder,
+        *(Member(peers=(founder.run.address,), num_steps=30, compute_s=0.03, padding=100_000) for _ in range(2)),
+    ]
+    slow = members[2].run
+
+    def told(member: Member) -> dict[NodeId, float]:
+        """One device's links become fifty times slower in the middle."""
+        rate = 50e6 if founder.run._core.applied < 12 else 1e6
+        nodes = [other.run.me for other in members if other is not member]
+        return {node: rate if slow.me in (node, member.run.me) else 50e6 for node in nodes}
+
+    plans: list[set[Plan]] = [set() for _ in members]
+    for member, seen in zip(members, plans, strict=True):
+        monkeypatch.setattr(member.run.rates, "bytes_per_s", lambda member=member: told(member))
+
+        def note(done: StepDone, member: Member = member, seen: set[Plan] = seen) -> None:
+            opened = member.run._opened
+            if opened is not None and opened.plan is not None:
+                seen.add(opened.plan)
+            member._note(done)
+
+        member.run.on_step = note
+    for member in members:
+        member.end()
+    check_ledger(members, 30)
+    np.testing.assert_allclose([done.loss for done in founder.done], alone(30)[0], rtol=1e-3)
+    assert plans[0] == plans[1] == plans[2]
+    assert len(plans[0]) > 1
+
+
+def test_links_are_measured_by_what_is_exchanged() -> None:
+    founder = Member(members_min=2, num_steps=12, padding=400_000)
+    second = Member(peers=(founder.run.address,), num_steps=12, padding=400_000)
+    for member, other in ((founder, second), (second, founder)):
+        wait(lambda member=member, other=other: member.run.rates.bytes_per_s().get(other.run.me, 0.0) > 1e6)  # type: ignore[misc]
+    for member in (founder, second):
+        member.end()
 
 
 def test_one_joins_one_is_killed_one_leaves() -> None:

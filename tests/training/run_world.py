@@ -16,6 +16,7 @@ from shoal.membership.failure import MemberHere
 from shoal.membership.group.facts import Attach, JoinGroup, LeaveGroup, RecordAdopted, ReportProgress, Resumed, Suspended
 from shoal.membership.group.table import Standing
 from shoal.membership.messages import Attachment
+from shoal.network.graph import Link
 from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
 from shoal.training.samples import Interval, SampleOrder
@@ -48,6 +49,7 @@ class Exchange:
         self.members = members
         self.steps: dict[int, dict[NodeId, tuple[Interval, bool]]] = {}
         self.is_broken = False
+        self.rates: dict[Link, float] | None = None
 
 
 class RunWorld(Group):
@@ -203,6 +205,8 @@ class RunWorld(Group):
         elif isinstance(effect, m.Open):
             device.errand += 1
             exchange = self.exchanges.setdefault(effect.epoch, Exchange(effect.members))
+            assert exchange.rates in (None, effect.rates), "members of an epoch would plan from different rates"
+            exchange.rates = effect.rates
             lost = any(peer not in self.devices or self._is_cut(name, peer) for peer in effect.members)
             if lost or exchange.is_broken:
                 exchange.is_broken = True  # it cannot be dialled
@@ -246,6 +250,7 @@ class RunWorld(Group):
         parts = exchange.steps.setdefault(effect.step, {})
         assert name not in parts, "a member contributed twice"
         parts[name] = (effect.part, device.core.knows_later_record)
+        self.say(name, m.Measured({peer: 1.0 + self.now_s for peer in exchange.members if peer != name}))
         if set(parts) == set(exchange.members):
             others = [each for epoch, each in self.exchanges.items() if epoch < effect.epoch]
             self.num_redone += any(effect.step in each.steps for each in others)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from shoal.ids import NodeId
+from shoal.network.graph import Link
 from shoal.training import member as m
 from shoal.training.ledger import Compute, Entry
 from shoal.training.samples import SampleOrder
@@ -138,12 +139,21 @@ def test_without_a_quorum_a_sum_waits() -> None:
     assert founder.step(m.Confirmed(1, 1), 0.0) == [], "alone, it knew that step 0 is committed"
 
 
+def test_an_epoch_opens_with_what_its_members_measured_of_each_other() -> None:
+    founder = m.Member(A, SampleOrder(0, 100, 4), history=())
+    founder.step(m.Measured({B: 7.0, C: 5.0}), 0.0)
+    founder.step(m.Adopted(1, (A, B), ()), 0.0)
+    status = m.Status(1, -1, "", 1.0, is_new=True, received_bytes_per_s={A: 9.0})
+    (opened,) = [effect for effect in founder.step(m.Heard(B, status), 0.0) if isinstance(effect, m.Open)]
+    assert opened.rates == {Link(B, A): 7.0, Link(A, B): 9.0}, "C is no member of it"
+
+
 def test_the_first_step_waits_for_as_many_as_are_wanted() -> None:
     founder = m.Member(A, SampleOrder(0, 100, 4), history=(), members_min=2)
     assert founder.step(m.Adopted(1, (A,), ()), 0.0) == [m.Report(-1, True, True)]
     assert m.Snapshot(1) in founder.step(m.Adopted(2, (A,), (B,)), 0.0)
     founder.step(m.Adopted(3, (A, B), ()), 0.0)
     effects = founder.step(m.Heard(B, m.Status(3, -1, "", 3.0, is_new=True)), 0.0)
-    assert m.Open(3, (A, B)) in effects
+    assert m.Open(3, (A, B), {}) in effects
     (compute,) = [effect for effect in effects if isinstance(effect, Compute)]
     assert len(compute.part) == 3, "nobody has measured the joiner yet"

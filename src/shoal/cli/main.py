@@ -491,11 +491,17 @@ def train(
     wait_for: Annotated[
         int | None, typer.Option(min=1, help="The first step waits for so many devices; as many as are played.")
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Links that prove nothing and are not encrypted; on this machine only.")
+    ] = False,
+    state: State = None,
 ) -> None:
     """Train a model with other devices. Options come before the script. Ctrl-C leaves at a step boundary."""
     from shoal.cli import train as verb
+    from shoal.runtime.node.state import default_folder
 
-    verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for))
+    place = state or default_folder()
+    verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for, place, plain))
 
 
 @app.command()

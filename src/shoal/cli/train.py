@@ -12,21 +12,26 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from shoal.errors import DeviceRefused
+from shoal.errors import DeviceRefused, DeviceUnreachable
 from shoal.runs import registry
 from shoal.runs.port import parse_address
+from shoal.runs.trust import Trust, check_plain, is_loopback
+from shoal.runtime.node.owner import AskCluster, ClusterStatus, OwnerLink
+from shoal.transport.identity import DeviceKeys
 
 LEAVE_S = 60.0
 _ENDED_S = 10.0
 
 
 class Settings(NamedTuple):
-    """What `shoal train` was asked. `devices` processes are started on this machine."""
+    """What `shoal train` was asked. `devices` processes are started on this machine. `state` is the device's folder;
+    `is_plain`: links prove nothing, on this machine only."""
 
     script: Path
     arguments: list[str]
@@ -35,6 +40,8 @@ class Settings(NamedTuple):
     folder: Path | None
     devices: int
     wait_for: int | None
+    state: Path
+    is_plain: bool = False
 
 
 def train(settings: Settings) -> None:
@@ -42,7 +49,8 @@ def train(settings: Settings) -> None:
 
     Raises:
         ValueError: no such script, or an address that is none.
-        DeviceRefused: torch is not installed.
+        DeviceRefused: torch is not installed, or plain links were asked for that leave this machine.
+        DeviceUnreachable: others shall take part, and no agent runs that knows the cluster.
     """
     if not settings.script.is_file():
         raise ValueError(f"{settings.script} is no file: name a Python script that calls shoal.pytorch.join")
@@ -50,12 +58,48 @@ def train(settings: Settings) -> None:
         raise DeviceRefused("training needs PyTorch: pip install 'shoal[train]'")
     for address in (settings.listen, *settings.peers):
         parse_address(address)
-    host, port = parse_address(settings.listen)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        sys.stderr.write(
-            f"shoal: {host} is reachable for others, and links of a run are neither authenticated nor encrypted yet: "
-            "use a network on which you trust everyone\n"
+    with TemporaryDirectory(prefix="shoal-run-") as folder:
+        sys.exit(_wait(_start(settings, _trust_files(settings, Path(folder)))))
+
+
+def _trust_files(settings: Settings, folder: Path) -> list[Path | None]:
+    """For each device that is started: whom it trusts. The folder is readable by this user only.
+
+    In a cluster these are its members. Where nobody else can take part, keys are made that end with the run.
+    """
+    if settings.is_plain:
+        check_plain(settings.listen)
+        return [None] * settings.devices
+    files: list[Path | None] = [folder / f"trust-{index + 1}" for index in range(settings.devices)]
+    members = _cluster(settings.state)
+    if members:
+        keys = [settings.state / "key"] * settings.devices
+    elif settings.peers or not is_loopback(settings.listen):
+        raise DeviceUnreachable(
+            f"no agent with a cluster runs from {settings.state}, and members of a run prove who they are: start `shoal up` "
+            "on each device and `shoal join` them, or try it on this machine with --devices or --plain"
         )
+    else:
+        keys = [folder / f"key-{index + 1}" for index in range(settings.devices)]
+        members = [DeviceKeys.load_or_create(key).public_key for key in keys]
+    for file, key in zip(files, keys, strict=True):
+        assert file is not None
+        Trust.write(file, key, members)
+    return files
+
+
+def _cluster(state: Path) -> list[bytes]:
+    """Public keys of the members of this device's cluster; none where no agent runs here."""
+    try:
+        with OwnerLink(state) as owner:
+            status = owner.ask(AskCluster(), ClusterStatus)
+    except DeviceUnreachable:
+        return []
+    return [bytes.fromhex(member.public_key) for member in status.members if member.public_key]
+
+
+def _start(settings: Settings, trust: list[Path | None]) -> list[subprocess.Popen[bytes]]:
+    host, port = parse_address(settings.listen)
     if settings.devices > 1 and port == 0:
         port = _free_port(host)
     processes = []
@@ -65,6 +109,7 @@ def train(settings: Settings) -> None:
             "SHOAL_LISTEN": f"{host}:{port if index == 0 else 0}",
             "SHOAL_PEERS": ",".join(settings.peers or ([f"{host}:{port}"] if index else [])),
             "SHOAL_FOLDER": str(_folder(settings.folder, index) or ""),
+            "SHOAL_TRUST": str(trust[index] or ""),
             "SHOAL_DEVICES": str(settings.wait_for or (1 if settings.peers else settings.devices)),
         }
         if settings.devices > 1:
@@ -75,7 +120,7 @@ def train(settings: Settings) -> None:
         output = subprocess.DEVNULL if index else None
         process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
         processes.append(process)
-    sys.exit(_wait(processes))
+    return processes
 
 
 def _folder(folder: Path | None, index: int) -> Path | None:

@@ -226,6 +226,7 @@ class Puller:
     Args:
         dial: a connected socket to a donor's shelf, which belongs to the puller from then on. Raises ShoalError or OSError.
         measured: bytes/s and latency of the link from a donor, where somebody knows.
+        observed: told of each shard that came: from whom, its bytes, and the seconds they took. A donor may have paused.
     """
 
     def __init__(
@@ -233,8 +234,9 @@ class Puller:
         dial: Callable[[NodeId], socket.socket],
         *,
         measured: Callable[[NodeId], tuple[float, float] | None] = lambda _: None,
+        observed: Callable[[NodeId, int, float], None] = lambda _node, _bytes, _seconds: None,
     ) -> None:
-        self._dial = dial
+        self._dial, self._observed = dial, observed
         self._measured = measured
         self.quarantined: list[Quarantine] = []
         self._turn = threading.Lock()
@@ -391,7 +393,9 @@ class Puller:
                 if len(scratch) < message.num_bytes:
                     scratch = bytearray(message.num_bytes)
                 received = memoryview(scratch)[: message.num_bytes]
+                began_s = time.monotonic()
                 peer.wire.receive_into(received)
+                self._observed(node, received.nbytes, time.monotonic() - began_s)
                 digest = shard_hash(received)
                 with self._lock:
                     self._came(node, message, received, digest)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any
 
@@ -33,12 +34,16 @@ from shoal.exchange.core import (
     Send,
     Store,
 )
-from shoal.exchange.wire import HEADER, Wire, pack, pack_goodbye, unpack
+from shoal.exchange.wire import HEADER, Wire, behind, is_behind, pack, pack_goodbye, unpack
 from shoal.ids import NodeId
 from shoal.topology.tree import Plan
 
 CHUNK_BYTES = 64 * 1024
 """Of one chunk; a multiple of 4."""
+RUN_BYTES_MIN = 128 * 1024
+"""Fewer say more about buffers than about the link."""
+PIECE_S = 0.25
+"""A longer run of frames is told of in pieces, since an estimate takes no sample for more than it is."""
 _CLOSE_S = 5.0
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
@@ -50,12 +55,22 @@ class Exchange:
     Args:
         wires: a wire to every device that a plan's routes lead to from here; they belong to the exchange from now on.
         chunk_bytes: the same on every member.
+        observed: told of what came from a neighbour while it had more to send: bytes, and the seconds they took. Called on
+            threads of the exchange; it must not wait.
     """
 
-    def __init__(self, me: NodeId, wires: Mapping[NodeId, Wire], *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        wires: Mapping[NodeId, Wire],
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        observed: Callable[[NodeId, int, float], None] = lambda _peer, _bytes, _seconds: None,
+    ) -> None:
         if chunk_bytes < 4 or chunk_bytes % 4:
             raise ValueError(f"chunks of {chunk_bytes} bytes: a float32 has 4, so a multiple of 4")
         self._chunk_bytes = chunk_bytes
+        self._observed = observed
         self._core = AllReduce(me)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -68,7 +83,7 @@ class Exchange:
         """Per step: frames of its own chunks that a sender has not handed over."""
         self._senders = {peer: _Sender(self, wire) for peer, wire in wires.items()}
         self._threads = [threading.Thread(target=sender.run, daemon=True) for sender in self._senders.values()]
-        self._threads += [threading.Thread(target=self._receive, args=(wire,), daemon=True) for wire in wires.values()]
+        self._threads += [threading.Thread(target=self._receive, args=each, daemon=True) for each in wires.items()]
         for thread in self._threads:
             thread.start()
 
@@ -205,8 +220,9 @@ class Exchange:
 
     # ---- on threads of their own
 
-    def _receive(self, wire: Wire) -> None:
+    def _receive(self, peer: NodeId, wire: Wire) -> None:
         data = bytearray(HEADER.size)
+        busy = _Busy(partial(self._observed, peer))
         try:
             while True:
                 wire.receive_into(memoryview(data))
@@ -216,6 +232,7 @@ class Exchange:
                 header, payload_bytes = frame
                 payload = np.empty(payload_bytes // 4, dtype=np.float32)
                 wire.receive_into(memoryview(payload).cast("B"))  # type: ignore[arg-type]  # numpy arrays export buffers
+                busy.came(HEADER.size + payload_bytes, time.monotonic(), is_behind=is_behind(data))
                 with self._lock:
                     if self._failure is not None:
                         return
@@ -225,6 +242,27 @@ class Exchange:
         except ShoalError as error:
             with self._lock:
                 self._fail(error)
+
+
+class _Busy:
+    """Times runs of frames between which the sender was never idle, in pieces of `PIECE_S`."""
+
+    def __init__(self, observed: Callable[[int, float], None]) -> None:
+        self._observed = observed
+        self._num_bytes = 0
+        self._since_s = 0.0
+        self._last_s = 0.0
+
+    def came(self, num_bytes: int, now_s: float, *, is_behind: bool) -> None:
+        is_behind = is_behind and self._since_s > 0  # the first one is behind nothing
+        if is_behind:
+            self._num_bytes += num_bytes
+        if not is_behind or now_s - self._since_s >= PIECE_S:
+            last_s = now_s if is_behind else self._last_s
+            if self._num_bytes >= RUN_BYTES_MIN:
+                self._observed(self._num_bytes, last_s - self._since_s)
+            self._num_bytes, self._since_s = 0, now_s
+        self._last_s = now_s
 
 
 class _Sender:
@@ -257,11 +295,12 @@ class _Sender:
         try:
             while True:
                 with exchange._lock:
+                    is_behind = bool(self._waiting)  # after the last one there was no pause
                     self._has_work.wait_for(lambda: self._waiting or self._is_ending or exchange._failure)
                     if exchange._failure is not None or not self._waiting:
                         break
                     _, _, header, payload, step = heappop(self._waiting)
-                self.wire.send(header, memoryview(payload).cast("B"))  # type: ignore[arg-type]
+                self.wire.send(behind(header) if is_behind else header, memoryview(payload).cast("B"))  # type: ignore[arg-type]
                 if step is not None:
                     with exchange._lock:
                         exchange._num_unsent[step] -= 1

@@ -3,7 +3,7 @@
     offset  size  field
     0       4     magic, b"SHOX"
     4       1     protocol version
-    5       1     phase: 0 up, 1 down, 2 goodbye (nothing else counts then)
+    5       1     phase: 0 up, 1 down, 2 goodbye (nothing else counts then); 128 more: see below
     6       2     edge
     8       2     hop
     10      2     tree
@@ -12,7 +12,9 @@
     20      4     chunk
     24      4     payload bytes
 
-little endian. A payload is float32. Its length is checked against a bound before memory is taken.
+little endian. A payload is float32. Its length is checked against a bound before memory is taken. 128 is added to the phase
+of a frame that waited behind the one before it: between the two the sender kept the link busy, so the receiver, with its
+clock alone, can tell how fast the link is.
 
 `Wire` is all that the runner asks of a link; `SocketWire` is a plain socket, which proves nothing about who is at its other
 end.
@@ -29,9 +31,10 @@ from shoal.errors import LinkClosed, LocalProtocolError, RemoteProtocolError
 from shoal.exchange.core import ChunkHeader, Phase
 
 MAGIC = b"SHOX"
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4sBBHHHIIII")
 GOODBYE = 2
+BEHIND = 128
 UNSENT_BYTES_MAX = 128 * 1024
 """What the kernel may hold that it could not send yet: more would undo the order in which chunks are due."""
 
@@ -65,9 +68,7 @@ class SocketWire:
 
     def send(self, header: bytes, payload: memoryview) -> None:
         try:
-            self._socket.sendall(header)
-            if payload.nbytes:
-                self._socket.sendall(payload)
+            self._socket.sendall(b"".join((header, payload)))  # a copy costs less than a second call
         except OSError as error:
             raise LinkClosed(f"a member of the exchange is gone ({error})") from error
 
@@ -96,12 +97,22 @@ def pack_goodbye() -> bytes:
 
 
 def pack(header: ChunkHeader, payload_bytes: int) -> bytes:
-    """Raises LocalProtocolError: a field does not fit."""
+    """A frame's header. Raises LocalProtocolError: a field does not fit."""
     place = (header.phase, header.edge, header.hop, header.tree, header.epoch, header.step, header.chunk)
     try:
         return HEADER.pack(MAGIC, VERSION, *place, payload_bytes)
     except struct.error as error:
         raise LocalProtocolError(f"a frame's header does not fit its fields: {error}") from error
+
+
+def behind(header: bytes) -> bytes:
+    """The same frame, sent right after another one."""
+    return header[:5] + bytes((header[5] | BEHIND,)) + header[6:]
+
+
+def is_behind(data: bytes | bytearray) -> bool:
+    """Whether the frame waited behind the one before it."""
+    return bool(data[5] & BEHIND)
 
 
 def unpack(data: bytes | bytearray, *, payload_bytes_max: int) -> tuple[ChunkHeader, int] | None:
@@ -111,6 +122,7 @@ def unpack(data: bytes | bytearray, *, payload_bytes_max: int) -> tuple[ChunkHea
         RemoteProtocolError: no frame of this protocol, or its payload is longer than allowed or no float32.
     """
     magic, version, phase, edge, hop, tree, epoch, step, chunk, payload_bytes = HEADER.unpack(data)
+    phase &= ~BEHIND
     if magic != MAGIC or version != VERSION or phase > GOODBYE:
         raise RemoteProtocolError(f"a frame starts with {bytes(data[:6])!r}: the peer speaks another protocol")
     if phase == GOODBYE:

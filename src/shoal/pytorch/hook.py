@@ -19,7 +19,7 @@ from shoal.exchange.runner import Exchange
 from shoal.exchange.wire import SocketWire
 from shoal.ids import NodeId
 from shoal.runs.port import parse_address
-from shoal.runs.run import plan_for
+from shoal.topology.policy import plan_for
 
 _ADDRESS_BYTES = 64
 _CONNECT_S = 30.0
@@ -42,7 +42,7 @@ class TreeReduce:
         self._pool = ThreadPoolExecutor(1, "shoal-buckets")
         if size > 1:
             self._exchange = Exchange(self._names[rank], self._connect(host, rank))
-            self._exchange.enter(0, plan_for(self._names))
+            self._exchange.enter(0, plan_for(self._names, {}, num_bytes=1.0))
 
     def _connect(self, host: str, rank: int) -> dict[NodeId, SocketWire]:
         with socket.create_server((host, 0), backlog=self._size) as listener:

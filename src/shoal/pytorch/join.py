@@ -5,8 +5,8 @@
         loss = loss_fn(model(batch.x), batch.y)        # summed over the share
         run.step(loss, clip_norm=1.0)                  # backward, synchronise, commit; or the share is handed out anew
 
-What is left to the command line is in the environment: `shoal train` sets SHOAL_LISTEN, SHOAL_PEERS, SHOAL_FOLDER and
-SHOAL_DEVICES, and the arguments of `join` overrule it.
+What is left to the command line is in the environment: `shoal train` sets SHOAL_LISTEN, SHOAL_PEERS, SHOAL_FOLDER,
+SHOAL_TRUST and SHOAL_DEVICES, and the arguments of `join` overrule it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from shoal.pytorch.trainee import TorchTrainee
 from shoal.runs.progress import Progress
 from shoal.runs.registry import Registered
 from shoal.runs.run import Run, StepDone, Task
+from shoal.runs.trust import Trust, check_plain
 from shoal.training.samples import Interval, SampleOrder
 
 
@@ -59,10 +60,11 @@ class TrainingRun:
         collate: Callable[[list[Any]], Any],
         micro_batch: int | None,
         progress: Progress,
+        trust: Path | None,
     ) -> None:
         self._run, self._trainee, self._dataset = run, trainee, dataset
         self._seed, self._collate, self._micro_batch = seed, collate, micro_batch
-        self._progress = progress
+        self._progress, self._trust = progress, trust
         self._task: Task | None = None
         self._left = 0
         self._loss_sum = 0.0
@@ -70,7 +72,8 @@ class TrainingRun:
 
     def __iter__(self) -> Iterator[Batch]:
         """Shares, until the run has all its steps or this device has left."""
-        registered = Registered(self._run.name, self._run.me, self._run.address)
+        trust = str(self._trust) if self._trust is not None else None
+        registered = Registered(self._run.name, self._run.me, self._run.address, trust=trust)
         restore = _leave_on_signals(self._run)
         try:
             while (task := self._run.next_task()) is not None:
@@ -160,6 +163,7 @@ def join(
     folder: str | Path | None = None,
     checkpoint_every: int = 50,
     devices: int | None = None,
+    trust: Path | None = None,
 ) -> TrainingRun:
     """Joins the run `name`, or founds it where no peer is given.
 
@@ -173,6 +177,8 @@ def join(
         micro_batch: shares are handed out in pieces of so many samples, where memory is short.
         listen, peers, folder: see `shoal.runs.run.Run`; from the environment if None.
         devices: the first step waits for so many.
+        trust: a file of `shoal.runs.trust.Trust.write`; from the environment if None. Without one, links prove nothing,
+            and the address must be this machine's own.
 
     Raises:
         ValueError: the arguments do not fit each other.
@@ -185,20 +191,27 @@ def join(
     trainee = TorchTrainee(model, optimizer, learning_rate)
     chosen = peers if peers is not None else os.environ.get("SHOAL_PEERS", "").split(",")
     place = folder if folder is not None else os.environ.get("SHOAL_FOLDER")
+    file = trust or (Path(os.environ["SHOAL_TRUST"]) if os.environ.get("SHOAL_TRUST") else None)
+    address = listen or os.environ.get("SHOAL_LISTEN") or "127.0.0.1:0"
+    if file is None:
+        check_plain(address)
     run = Run(
         name,
         trainee,
         order,
         num_steps=num_steps,
-        listen=listen or os.environ.get("SHOAL_LISTEN") or "127.0.0.1:0",
+        listen=address,
         peers=tuple(peer for peer in chosen if peer),
         folder=Path(place) if place else None,
         checkpoint_every=checkpoint_every,
         members_min=devices or int(os.environ.get("SHOAL_DEVICES") or 1),
+        trust=Trust.read(file) if file is not None else None,
     )
     progress = Progress(name, num_steps=num_steps, folder=run.folder)
     run.on_step = progress.show
-    return TrainingRun(run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress)
+    return TrainingRun(
+        run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress, trust=file
+    )
 
 
 def _pieces(part: Interval, size: int | None) -> list[Interval]:

@@ -38,7 +38,8 @@ from shoal.membership.failure import MemberGone, MemberHere
 from shoal.membership.group.core import GroupCore
 from shoal.membership.messages import Commit, MembershipMessage, Propose, Record, Stale
 from shoal.membership.timing import Timing
-from shoal.runs.port import Hello, dial, receive_message, send_message
+from shoal.runs.port import Hello, dial_any, receive_message, send_message
+from shoal.runs.trust import Trust
 from shoal.training.member import Status
 
 TIMING = Timing(lead_every_s=0.2, lease_s=1.2, suspend_s=3.0, stagger_s=0.1, retry_s=0.3)
@@ -91,9 +92,10 @@ class Control:
         on_fact: Callable[[Fact], None],
         on_status: Callable[[NodeId, Status], None],
         on_gone: Callable[[NodeId], None],
+        trust: Trust | None = None,
         timing: Timing = TIMING,
     ) -> None:
-        self.run, self.me = run, me
+        self.run, self.me, self._trust = run, me, trust
         self.addresses: dict[NodeId, str] = {}
         self._seeds: list[str] = []
         self.core = GroupCore(run, me, incarnation=INCARNATION, timing=timing, now_s=time.monotonic())
@@ -198,8 +200,8 @@ class Control:
 
         def connect() -> None:
             try:
-                sock = dial(address, Hello(self.run, "control", self.me, self.addresses[self.me]))
-                answer = msgspec.msgpack.decode(receive_message(sock), type=Hello)
+                hello = Hello(self.run, "control", self.me, self.addresses[self.me])
+                sock, answer = dial_any(address, hello, self._trust)
             except (ShoalError, msgspec.MsgspecError):
                 return
             finally:

@@ -1,6 +1,7 @@
 """The one port of a run's member: whoever connects says first what for.
 
-Plain sockets: who is at the other end is believed, not proven. So a port listens on loopback unless an address is given.
+With a `Trust`, connections are TLS 1.3 and each end proves its device. Without one, who is at the other end is believed: for
+this machine alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Literal
 
 import msgspec
 
-from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, RemoteProtocolError
+from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import NodeId
+from shoal.runs.trust import Trust, check_member
 
 HELLO_S = 5.0
 DIAL_S = 5.0
@@ -23,7 +25,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 CONNECTIONS_MAX = 512
 _LENGTH = struct.Struct("<I")
 
-Kind = Literal["control", "chunks", "shelf", "ask"]
+Kind = Literal["control", "chunks", "shelf", "probe", "ask"]
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -83,20 +85,55 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def dial(address: str, hello: Hello, *, timeout_s: float = DIAL_S) -> socket.socket:
-    """A connection on which the other end knows what it is for. Raises DeviceUnreachable."""
+def dial(
+    address: str, hello: Hello, *, trust: Trust | None = None, node: NodeId | None = None, timeout_s: float = DIAL_S
+) -> socket.socket:
+    """A connection on which the other end knows what it is for.
+
+    Args:
+        trust: this member's; None: a plain connection.
+        node: the member that answers there, where it is known.
+
+    Raises:
+        DeviceUnreachable: nobody answers, or somebody who proves to be another device, or none that is trusted.
+    """
+    sock = _connect(address, timeout_s)
     try:
-        sock = socket.create_connection(parse_address(address), timeout=timeout_s)
-    except (OSError, ValueError) as error:
-        raise DeviceUnreachable(f"no member of a run answers at {address} ({error})") from error
-    try:
+        if trust is not None:
+            sock, _ = trust.dial(sock, node)
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         send_message(sock, msgspec.msgpack.encode(hello))
-    except (OSError, LinkClosed) as error:
+    except (OSError, LinkError) as error:
         sock.close()
         raise DeviceUnreachable(f"the member at {address} hung up ({error})") from error
     return sock
+
+
+def dial_any(address: str, hello: Hello, trust: Trust | None) -> tuple[socket.socket, Hello]:
+    """As `dial`, where nobody knows which member listens: it says so, and its device proves it. Raises ShoalError."""
+    sock = _connect(address, DIAL_S)
+    device = None
+    if trust is not None:
+        sock, device = trust.dial(sock, None)
+    try:
+        sock.settimeout(DIAL_S)
+        send_message(sock, msgspec.msgpack.encode(hello))
+        answer = _decoder.decode(receive_message(sock))
+        check_member(answer.node, device)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(None)
+    except (OSError, ShoalError, msgspec.MsgspecError) as error:
+        sock.close()
+        raise DeviceUnreachable(f"no member of a run answers at {address} ({error})") from error
+    return sock, answer
+
+
+def _connect(address: str, timeout_s: float) -> socket.socket:
+    try:
+        return socket.create_connection(parse_address(address), timeout=timeout_s)
+    except (OSError, ValueError) as error:
+        raise DeviceUnreachable(f"no member of a run answers at {address} ({error})") from error
 
 
 class Port:
@@ -104,19 +141,20 @@ class Port:
 
     Args:
         handle: called on a thread per connection, which it owns from then on.
+        trust: whose connections are taken; None: anybody's.
 
     Raises:
         AddressInUse: another program listens there.
     """
 
-    def __init__(self, address: str, handle: Callable[[socket.socket, Hello], None]) -> None:
+    def __init__(self, address: str, handle: Callable[[socket.socket, Hello], None], *, trust: Trust | None = None) -> None:
         host, port = parse_address(address)
         try:
             self._socket = socket.create_server((host, port), backlog=64)
         except OSError as error:
             raise AddressInUse(f"cannot listen at {address}: {error}") from error
         self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._handle = handle
+        self._handle, self._trust = handle, trust
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -140,8 +178,12 @@ class Port:
         try:
             sock.settimeout(HELLO_S)
             try:
+                device = None
+                if self._trust is not None:
+                    sock, device = self._trust.accept(sock)
                 hello = _decoder.decode(receive_message(sock))
-            except (msgspec.MsgspecError, LinkClosed, RemoteProtocolError, UnicodeDecodeError):
+                check_member(hello.node, device)
+            except (msgspec.MsgspecError, LinkError, RemoteProtocolError, UnicodeDecodeError):
                 sock.close()
                 return
             sock.settimeout(None)

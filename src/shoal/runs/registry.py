@@ -17,6 +17,7 @@ import psutil
 from shoal.errors import ShoalError
 from shoal.ids import NodeId
 from shoal.runs.port import Hello, dial, receive_message, send_message
+from shoal.runs.trust import Trust
 
 ASK_S = 3.0
 
@@ -28,6 +29,8 @@ class Entry(msgspec.Struct, frozen=True):
     pid: int
     began_s: float
     """When the process began, so that another one with its number is not taken for it."""
+    trust: str | None = None
+    """The file that says what its links prove (`Trust.read`); None: nothing."""
 
 
 def folder() -> Path:
@@ -37,8 +40,8 @@ def folder() -> Path:
 class Registered:
     """This process's membership, listed until `close`."""
 
-    def __init__(self, run: str, node: NodeId, address: str) -> None:
-        entry = Entry(run, node, address, os.getpid(), psutil.Process().create_time())
+    def __init__(self, run: str, node: NodeId, address: str, *, trust: str | None = None) -> None:
+        entry = Entry(run, node, address, os.getpid(), psutil.Process().create_time(), trust)
         self._path = folder() / f"{node}.json"
         with contextlib.suppress(OSError):  # a run does not fail for not being listed
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -72,7 +75,8 @@ def _is_alive(entry: Entry) -> bool:
 def ask(entry: Entry, question: str) -> dict[str, Any] | None:
     """Asks a member "status", or to "leave"; what it says of itself, None if it does not answer."""
     try:
-        sock = dial(entry.address, Hello(entry.run, "ask", entry.node), timeout_s=ASK_S)
+        trust = Trust.read(Path(entry.trust)) if entry.trust is not None else None
+        sock = dial(entry.address, Hello(entry.run, "ask", entry.node), trust=trust, node=entry.node, timeout_s=ASK_S)
     except ShoalError:
         return None
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import secrets
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -49,7 +50,9 @@ from shoal.runs import checkpoint as checkpoints
 from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
-from shoal.topology.fapt import netstorm
+from shoal.runs.rates import Rates, answer, probe, shortage
+from shoal.runs.trust import Trust
+from shoal.topology.policy import has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
@@ -74,7 +77,7 @@ _DIGEST_BITS = 24
 """A float32 holds so many exactly."""
 _TAIL = 4
 """Behind gradients and buffers: summed loss, whether a later record is known, clip norm and how many gave one; then
-everyone's speed and digest."""
+everyone's speed and digest; then, for each member, how fast bytes come to it from each."""
 
 
 class Trainee(Protocol):
@@ -132,7 +135,11 @@ class StepDone(NamedTuple):
 class _Open(NamedTuple):
     epoch: int
     members: tuple[NodeId, ...]
-    exchange: Exchange | None
+    rates: dict[Link, float]
+    """What all members knew as the plan was last looked at."""
+    plan: Plan | None = None
+    exchange: Exchange | None = None
+    num_plans: int = 0
 
 
 class Run:
@@ -145,6 +152,7 @@ class Run:
         peers: addresses of members.
         folder: for checkpoints, one every `checkpoint_every` steps; a founder goes on from the newest.
         members_min: the first step waits for so many.
+        trust: what this member proves, and whom it talks to; None: links are plain and prove nothing.
 
     Raises:
         DeviceUnreachable: no peer answers.
@@ -164,8 +172,10 @@ class Run:
         checkpoint_every: int = 50,
         members_min: int = 1,
         samples_per_s: float = 1.0,
+        trust: Trust | None = None,
     ) -> None:
         self.name = GroupId(name)
+        self._trust = trust
         self.trainee = trainee
         self.settings = Settings(order, trainee.fingerprint, num_steps, 1)
         self.folder, self._checkpoint_every = folder, checkpoint_every
@@ -203,7 +213,7 @@ class Run:
         self._reset(None)
         history = self._restored()
         self._is_founder = not peers
-        self._port = Port(listen, self._accept)
+        self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
         self._begin(history if self._is_founder else None)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
@@ -332,6 +342,8 @@ class Run:
                 "members": len(self.members),
                 "loss": self.loss,
                 "samples_per_s": round(core.samples_per_s, 2),
+                "plan": self._opened.plan.policy if self._opened is not None and self._opened.plan is not None else None,
+                "received_bytes_per_s": {node: round(rate) for node, rate in self.rates.bytes_per_s().items()},
                 "bytes_given": self.shelf.bytes_sent,
                 "warnings": [
                     *self.warnings[-8:],
@@ -342,7 +354,7 @@ class Run:
     # ---- beginning
 
     def _reset(self, history: list[Entry] | None) -> None:
-        self.me = NodeId(secrets.token_hex(8))
+        self.me = self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
         self._core = m.Member(
             self.me,
             self.settings.order,
@@ -355,6 +367,7 @@ class Run:
         self._task_s = self._stepped_s = time.monotonic()
         self._kept: dict[int, FloatArray] = {}
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.rates = Rates()
         self._errand += 1
         self._goal = ""
         self._donors: tuple[NodeId, ...] = ()
@@ -382,9 +395,14 @@ class Run:
         with self._lock:
             self._reset(history)
             self.shelf = Shelf(find=self._offer)
-            self._puller = Puller(self._dial_shelf)
+            self._puller = Puller(self._dial_shelf, observed=partial(self.rates.observe, is_full=False))
             self._control = Control(
-                self.name, self.me, on_fact=self._on_fact, on_status=self._on_status, on_gone=self._on_gone
+                self.name,
+                self.me,
+                on_fact=self._on_fact,
+                on_status=self._on_status,
+                on_gone=self._on_gone,
+                trust=self._trust,
             )
             self._control.start(self.address, self._peers)
             if history is not None:
@@ -419,6 +437,9 @@ class Run:
                 self._changed.notify_all()
             if old is not None:
                 old.close()
+        elif hello.kind == "probe":
+            with suppress(ShoalError), sock:
+                answer(sock, partial(self.rates.observe, hello.node), self._usual_step_s())
         else:
             self._answer(sock)
 
@@ -437,7 +458,7 @@ class Run:
         address = self._control.addresses.get(node)
         if address is None:
             raise DeviceUnreachable(f"nobody knows where {node} listens")
-        return dial(address, Hello(self.name, "shelf", self.me))
+        return dial(address, Hello(self.name, "shelf", self.me), trust=self._trust, node=node)
 
     # ---- events of the core
 
@@ -480,7 +501,7 @@ class Run:
             self._end_errand()
             if self._opened is not None:
                 self._end_exchange(self._opened, is_orderly=False)
-            self._opened = _Open(effect.epoch, effect.members, None)
+            self._opened = _Open(effect.epoch, effect.members, effect.rates)
             self._spawn(self._connect, self._opened)
         elif isinstance(effect, Compute):
             self._task = Task(effect.epoch, effect.step, effect.part)
@@ -548,6 +569,7 @@ class Run:
 
     def _on_gone(self, peer: NodeId) -> None:
         self._puller.forget(peer)
+        self.rates.forget(peer)
         with self._lock:
             opened = self._opened
         if opened is not None and peer in opened.members:
@@ -590,9 +612,11 @@ class Run:
                 if self._opened is not opened:
                     raise DeviceUnreachable("another epoch began")
                 if others:
-                    exchange = Exchange(self.me, {node: SocketWire(sock) for node, sock in found.items()})
-                    exchange.enter(0, plan_for(opened.members))
-                    self._opened = _Open(opened.epoch, opened.members, exchange)
+                    plan = plan_for(opened.members, opened.rates, num_bytes=self._gradient_bytes)
+                    wires = {node: SocketWire(sock) for node, sock in found.items()}
+                    exchange = Exchange(self.me, wires, observed=self.rates.observe)
+                    exchange.enter(0, plan)
+                    self._opened = opened._replace(plan=plan, exchange=exchange)
                     self._changed.notify_all()
         except (ShoalError, ValueError):
             for sock in found.values():
@@ -604,7 +628,8 @@ class Run:
             address = self._control.addresses.get(node)
             if address is not None:
                 with suppress(DeviceUnreachable):
-                    return dial(address, Hello(self.name, "chunks", self.me, epoch=opened.epoch))
+                    hello = Hello(self.name, "chunks", self.me, epoch=opened.epoch)
+                    return dial(address, hello, trust=self._trust, node=node)
             if time.monotonic() > give_up_s or self._opened is not opened:
                 raise DeviceUnreachable(f"member {node} cannot be reached")
             time.sleep(POLL_S)
@@ -630,9 +655,9 @@ class Run:
         try:
             total = self._reduce(opened, self._contribution(opened, task, gradients, loss_sum, compute_s))
             place = opened.members.index(self.me)
-            num_tail = _TAIL + 2 * len(opened.members)
+            num_tail = _num_tail(len(opened.members))
             sums, tail = total[:-num_tail], total[-num_tail:]
-            self._check_digests(opened, tail[_TAIL + len(opened.members) :])
+            self._check_digests(opened, tail[_TAIL + len(opened.members) : _TAIL + 2 * len(opened.members)])
             if task.step >= self.settings.num_steps:
                 self._tell(m.Confirmed(task.epoch, task.step))
                 self.is_finished = True
@@ -642,6 +667,7 @@ class Run:
             mean[: self.trainee.num_gradients] /= np.float32(num_samples)
             if tail[3]:
                 self._clip(opened, mean[: self.trainee.num_gradients], float(tail[2] / tail[3]), place)
+            self._plan_anew(opened, tail[_TAIL + 2 * len(opened.members) :])
         except (ShoalError, TimeoutError) as error:
             if isinstance(error, Diverged):
                 raise
@@ -672,15 +698,43 @@ class Run:
         self.on_step(done)
         return done
 
+    def _plan_anew(self, opened: _Open, told: FloatArray) -> None:
+        """Between two steps, by what all members told with this one: so all go on with the same plan.
+
+        Args:
+            told: bytes/s to each member from each, 0 where unknown, [members * members].
+        """
+        members = opened.members
+        links = [Link(source, target) for target in members for source in members]
+        rates = {link: float(rate) for link, rate in zip(links, told, strict=True) if rate > 0}
+        if opened.exchange is None or opened.plan is None or not has_moved(opened.rates, rates):
+            return
+        plan = revised(opened.plan, rates, num_bytes=self._gradient_bytes)
+        num_plans = opened.num_plans
+        if plan is not opened.plan:
+            num_plans += 1
+            opened.exchange.enter(num_plans, plan)
+        with self._lock:
+            if self._opened is opened:
+                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans)
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return 4 * (self.trainee.num_gradients + self.trainee.num_buffers)
+
     def _adapt_share(self, step_s: float) -> None:
         """What a joiner pulls must not slow training: where steps become longer, it gets less."""
-        recent = self._recent_s
-        usual_s = sorted(recent)[len(recent) // 2] if recent else step_s
-        recent.append(step_s)
+        usual_s = self._usual_step_s() or step_s
+        self._recent_s.append(step_s)
         if step_s > SLOWER * usual_s:
             self.shelf.share = max(SHARE_MIN, self.shelf.share / 2)
         else:
             self.shelf.share = min(1.0, self.shelf.share + SHARE_MORE)
+
+    def _usual_step_s(self) -> float:
+        """Of the last steps; 0 before the first."""
+        recent = sorted(self._recent_s)
+        return recent[len(recent) // 2] if recent else 0.0
 
     def _is_over(self) -> bool:
         """All steps are applied, and a member that has seen the end is gone."""
@@ -691,12 +745,12 @@ class Run:
     ) -> FloatArray:
         trainee = self.trainee
         num_members, place = len(opened.members), opened.members.index(self.me)
-        x = np.zeros(trainee.num_gradients + trainee.num_buffers + _TAIL + 2 * num_members, np.float32)
+        x = np.zeros(trainee.num_gradients + trainee.num_buffers + _num_tail(num_members), np.float32)
         if gradients is not None:
             x[: trainee.num_gradients] = gradients
         if place == 0 and trainee.num_buffers:
             x[trainee.num_gradients : trainee.num_gradients + trainee.num_buffers] = trainee.buffers()
-        tail = x[-(_TAIL + 2 * num_members) :]
+        tail = x[-_num_tail(num_members) :]
         tail[0] = loss_sum
         tail[1] = self._core.knows_later_record
         if self._clip_norm is not None:
@@ -709,6 +763,10 @@ class Run:
         tail[_TAIL + place] = rate
         digest = self._last_digest
         tail[_TAIL + num_members + place] = int(digest[: _DIGEST_BITS // 4], 16) if digest else 0
+        received = self.rates.bytes_per_s()
+        row = tail[_TAIL + (2 + place) * num_members :][:num_members]
+        row[:] = [received.get(node, 0.0) for node in opened.members]
+        self._tell(m.Measured(received))
         return x
 
     def _reduce(self, opened: _Open, x: FloatArray) -> FloatArray:
@@ -872,9 +930,32 @@ class Run:
             fetched = self._fetch("state", errand, core)
             if fetched is not None:
                 self.transfer_s, self.transfer_bytes = fetched.complete.seconds, fetched.data.nbytes
+                self._probe()
                 self._inbox.put(partial(self._load, fetched, errand))
                 return
             time.sleep(POLL_S)
+
+    def _probe(self) -> None:
+        """The links between this joiner and its donors, one after the other; nobody waits for it.
+
+        Where they cannot carry all gradients, the owner is told: this device would stay a shadow.
+        """
+        steps_s: list[float] = []
+        for node in self._donors:
+            address = self._control.addresses.get(node)
+            if address is not None:
+                hello = Hello(self.name, "probe", self.me)
+                with suppress(ShoalError), dial(address, hello, trust=self._trust, node=node) as sock:
+                    steps_s.append(probe(sock, partial(self.rates.observe, node)))
+        received = self.rates.bytes_per_s()
+        self._tell(m.Measured(received))
+        step_s = statistics.median(steps_s) if steps_s else 0.0
+        if step_s > 0 and (line := shortage(self._gradient_bytes, step_s, sum(received.values()))):
+            self._warn(line)
+
+    def _warn(self, line: str) -> None:
+        self.warnings.append(line)
+        sys.stderr.write(f"shoal: {line}\n")
 
     def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
@@ -914,8 +995,7 @@ class Run:
             try:
                 checkpoints.write(folder, saved, state)
             except ShoalError as error:
-                self.warnings.append(str(error))
-                sys.stderr.write(f"shoal: {error}\n")
+                self._warn(str(error))
 
         self._disk.submit(save)
 
@@ -933,7 +1013,5 @@ class _About(msgspec.Struct, frozen=True):
     about: dict[str, object]
 
 
-def plan_for(members: tuple[NodeId, ...]) -> Plan:
-    """Links that nobody measured count as equal: then each member sums an equal share, and all send to all."""
-    capacities = {Link(one, other): 1.0 for one in members for other in members if one != other}
-    return netstorm(capacities)
+def _num_tail(num_members: int) -> int:
+    return _TAIL + (2 + num_members) * num_members

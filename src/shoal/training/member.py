@@ -25,6 +25,7 @@ from enum import StrEnum
 import msgspec
 
 from shoal.ids import NodeId
+from shoal.network.graph import Link
 from shoal.training import ledger as ledger_
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry, Grouped, Ledger, Reported, Suspend
 from shoal.training.samples import SampleOrder
@@ -46,13 +47,14 @@ class Phase(StrEnum):
 
 class Status(msgspec.Struct, frozen=True, array_like=True):
     """What a member has as `epoch` begins. `digest` is that of the last applied step, empty before the first; `is_new`: it
-    was a shadow until now."""
+    was a shadow until now. `received_bytes_per_s`: how fast others' bytes come to it, where that was measured."""
 
     epoch: int
     applied: int
     digest: str
     samples_per_s: float
     is_new: bool
+    received_bytes_per_s: dict[NodeId, float] = msgspec.field(default_factory=dict)
 
 
 # ---- events
@@ -111,6 +113,12 @@ class StepApplied(msgspec.Struct, frozen=True):
     digest: str
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """How fast bytes come from others now; told with the next status."""
+
+    received_bytes_per_s: dict[NodeId, float]
+
+
 class Broken(msgspec.Struct, frozen=True):
     """The epoch's exchange has failed, or a member of it is gone."""
 
@@ -130,7 +138,19 @@ class Nudged(msgspec.Struct, frozen=True):
 
 
 Event = (
-    Adopted | Heard | StateHad | Replayed | CaughtUp | Summed | Confirmed | StepApplied | Broken | Halted | Resumed | Nudged
+    Adopted
+    | Heard
+    | StateHad
+    | Replayed
+    | CaughtUp
+    | Summed
+    | Confirmed
+    | StepApplied
+    | Measured
+    | Broken
+    | Halted
+    | Resumed
+    | Nudged
 )
 
 # ---- effects; also the ledger's Compute, CatchUp and Committed
@@ -154,10 +174,12 @@ class Follow(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, frozen=True):
-    """An exchange among the members of an epoch begins."""
+    """An exchange among the members of an epoch begins. `rates` (bytes/s) of links between them, where they were measured:
+    what all told, so they are the same everywhere."""
 
     epoch: int
     members: tuple[NodeId, ...]
+    rates: dict[Link, float]
 
 
 class Apply(msgspec.Struct, frozen=True):
@@ -236,6 +258,7 @@ class Member:
         self._misses = 0
         self._has_snapshot = False
         self._speeds: dict[NodeId, float] | None = None
+        self._received_bytes_per_s: dict[NodeId, float] = {}
 
     # ---- what others ask
 
@@ -290,6 +313,9 @@ class Member:
             return self._confirmed(event, now_s)
         if isinstance(event, StepApplied):
             return self._applied(event, now_s)
+        if isinstance(event, Measured):
+            self._received_bytes_per_s = event.received_bytes_per_s
+            return []
         if isinstance(event, Broken):
             return self._end_epoch(now_s) if event.epoch == self._open else []
         if isinstance(event, Halted):
@@ -353,7 +379,12 @@ class Member:
         assert self._record is not None
         entries = self.entries
         return Status(
-            self._record.epoch, self.applied, entries[-1].digest if entries else "", self.samples_per_s, self.ledger is None
+            self._record.epoch,
+            self.applied,
+            entries[-1].digest if entries else "",
+            self.samples_per_s,
+            self.ledger is None,
+            self._received_bytes_per_s,
         )
 
     def _tell(self) -> list[Effect]:
@@ -422,7 +453,13 @@ class Member:
         slowest = min(status.samples_per_s for status in old.values())
         speeds = {member: status.samples_per_s if member in old else slowest / 2 for member, status in statuses.items()}
         grouped = self.ledger.step(Grouped(record.epoch, speeds, highest, donors[0]), now_s)
-        return [*effects, Open(record.epoch, record.actives), *grouped]
+        rates = {
+            Link(source, target): rate
+            for target, status in sorted(statuses.items())
+            for source, rate in sorted(status.received_bytes_per_s.items())
+            if source in statuses
+        }
+        return [*effects, Open(record.epoch, record.actives, rates), *grouped]
 
     def _snapshot(self) -> list[Effect]:
         assert self._record is not None

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import os
 import secrets
+import selectors
 import socket
 import ssl
 import tempfile
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -75,13 +79,16 @@ class TrustStore:
     Args:
         keys: this device's own.
         members: public keys of everyone who is trusted, 32 bytes each.
+        is_two_way: sockets of `accept` and `dial` are `TwoWaySocket`.
     """
 
-    def __init__(self, keys: DeviceKeys, members: Iterable[bytes]) -> None:
+    def __init__(self, keys: DeviceKeys, members: Iterable[bytes], *, is_two_way: bool = False) -> None:
         self._anchors = {certificate_of(key): identify(key) for key in members}
         self._server = _context(ssl.PROTOCOL_TLS_SERVER, keys)
         self._client = _context(ssl.PROTOCOL_TLS_CLIENT, keys)
         for context in (self._server, self._client):
+            if is_two_way:
+                context.sslsocket_class = TwoWaySocket
             context.verify_mode = ssl.CERT_REQUIRED
             # An anchor that issues nothing, as strict checks would have it: pinned keys have no chain.
             context.verify_flags = (context.verify_flags | ssl.VERIFY_X509_PARTIAL_CHAIN) & ~ssl.VERIFY_X509_STRICT
@@ -125,8 +132,8 @@ class TrustStore:
         secured = _handshake(self._server, sock, server_side=True, timeout_s=timeout_s)
         return secured, self._anchors[_certificate(secured)]
 
-    def dial(self, sock: socket.socket, expected: NodeId, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
-        """Greets a member that we have dialled. The socket is closed where this fails.
+    def dial(self, sock: socket.socket, expected: NodeId | None, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> ssl.SSLSocket:
+        """Greets a member that we have dialled, `expected` or, where None, any. The socket is closed where this fails.
 
         In TLS 1.3 the one who dialled is done first: that the other side refuses us shows with the first bytes.
 
@@ -136,10 +143,85 @@ class TrustStore:
         """
         secured = _handshake(self._client, sock, server_side=False, timeout_s=timeout_s)
         found = self._anchors[_certificate(secured)]
-        if found != expected:
+        if expected is not None and found != expected:
             secured.close()
             raise PeerNotTrusted(f"device {found[:8]} answers where {expected[:8]} is expected")
         return secured
+
+
+class TwoWaySocket(ssl.SSLSocket):
+    """A secured socket on which one thread may send while another receives, once its handshake is done.
+
+    OpenSSL allows one call at a time for a connection: they take turns, and who must wait for the network lets the other
+    go on. Flags are ignored, as TLS has none.
+    """
+
+    _turn: threading.Lock | None = None
+    _limit_s: float | None = None
+
+    def begin(self) -> None:
+        """From now on."""
+        self._limit_s = self.gettimeout()
+        super().settimeout(0.0)
+        self._turn = threading.Lock()
+
+    def settimeout(self, value: float | None) -> None:
+        """Of one call."""
+        if self._turn is None:
+            super().settimeout(value)
+        else:
+            self._limit_s = value
+
+    def sendall(self, data: Any, flags: int = 0) -> None:  # noqa: ARG002
+        """Raises OSError."""
+        view, sent = memoryview(data).cast("B"), 0
+        while sent < view.nbytes:
+            rest = view[sent : sent + _RECORD_BYTES]
+            sent += self._in_turn(lambda rest=rest: ssl.SSLSocket.send(self, rest))  # type: ignore[misc]
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:  # noqa: ARG002
+        """Some bytes; 0 at the end. Raises OSError."""
+        return self._in_turn(lambda: int(self.read(nbytes or len(buffer), buffer)))
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:  # noqa: ARG002
+        """At most `buflen` bytes; none at the end. Raises OSError."""
+        data = bytearray(buflen)
+        return bytes(data[: self.recv_into(data)])
+
+    def shutdown(self, how: int) -> None:
+        """Ends both threads' waiting. What is still to be read stays unread: it must not be taken for plain text."""
+        socket.socket.shutdown(self, how)
+
+    def _in_turn(self, call: Callable[[], int]) -> int:
+        assert self._turn is not None, "the handshake is not done"
+        give_up_s = time.monotonic() + self._limit_s if self._limit_s is not None else None
+        while True:
+            with self._turn:
+                try:
+                    return call()
+                except ssl.SSLWantReadError:
+                    event = selectors.EVENT_READ
+                except ssl.SSLWantWriteError:
+                    event = selectors.EVENT_WRITE
+                except ValueError as error:
+                    raise OSError("the connection was closed") from error
+            self._wait(event, give_up_s)
+
+    def _wait(self, event: int, give_up_s: float | None) -> None:
+        try:
+            with _Selector() as selector:
+                selector.register(self, event)
+                ready = selector.select(None if give_up_s is None else max(0.0, give_up_s - time.monotonic()))
+        except (ValueError, KeyError) as error:
+            raise OSError("the connection was closed") from error
+        if not ready:
+            raise TimeoutError("the peer said nothing in time")
+
+
+_RECORD_BYTES = 16 * 1024
+"""Of TLS: OpenSSL takes no more at a time."""
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""Needs no descriptor of its own, and where there is poll, has no highest one."""
 
 
 class Unlisted:
@@ -245,6 +327,8 @@ def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: boo
         opened.close()
         raise explain(error) from error
     secured.settimeout(limit_s)
+    if isinstance(secured, TwoWaySocket):
+        secured.begin()
     return secured
 
 

@@ -146,6 +146,8 @@ class MemberStatus(msgspec.Struct, frozen=True):
     link: str = ""
     problem: str = ""
     is_trusted: bool = False
+    public_key: str = ""
+    """Hexadecimal."""
     memory_free_bytes: Aged | None = None
     processor_idle: Aged | None = None
     on_mains: bool | None = None
@@ -455,6 +457,7 @@ class OwnerDesk:
             link=node.links.describe(device.node),
             problem="" if is_me else node.links.problems.get(device.node, ""),
             is_trusted=device.node in core.trusted,
+            public_key=device.public_key.hex(),
             memory_free_bytes=_aged_value(resources.memory_free_bytes, resources.at_s, now_s) if resources else None,
             processor_idle=_aged_value(resources.processor_idle, resources.at_s, now_s) if resources else None,
             on_mains=resources.on_mains if resources is not None else None,
