@@ -256,6 +256,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="A path, owner/repo[:QUANT], or the name of a file in a model folder.")],
     agent: AgentAddress = None,
     peer: Peers = None,
+    plain: Plain = False,
     models: Models = None,
     memory: Memory = None,
     json: Json = False,
@@ -264,11 +265,11 @@ def profile(
     from shoal.cli import profile as verb
     from shoal.cli.up import agent_options
 
-    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None)
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None, plain=plain)
     verb.profile(
         model,
         agent=agent,
-        own_agent=_own_agent_arguments(peer, models, memory),
+        own_agent=_own_agent_arguments(peer, models, memory, plain=plain),
         model_folders=models or [],
         as_json=json,
     )
