@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cli.client import OwnAgent
+from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.demo import demo_model
 from shoal.cli.run import Answer, ask
-from shoal.errors import WorkerLost
+from shoal.errors import RequestError, WorkerLost
+from shoal.runtime.messages import AskStatus, AskSurvey, Status, Survey, Through
 from shoal.runtime.node.owner import (
     Done,
     Invitation,
@@ -73,6 +74,7 @@ def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path) -> Non
             together = await answer(agents["first"], num_stages=3)
             assert {stage.device for stage in together.engine.stages} == set(NAMES)
             assert together.engine.encrypts
+            await _check_through(agents["first"])
 
             long = asyncio.create_task(answer(agents["first"], tokens=1500, num_stages=3))
             await asyncio.sleep(1.5)
@@ -101,6 +103,24 @@ def test_a_member_without_the_model_is_left_out_and_a_stranger_gets_nothing(tmp_
             await asyncio.to_thread(_come_as_stranger, tmp_path / "first")
 
     asyncio.run(scenario())
+
+
+async def _check_through(first: OwnAgent) -> None:
+    """The owner's commands reach other members' agents through this device's."""
+    channel = await open_channel(first.address)
+    await channel.send(AskStatus())
+    status = await channel.expect(Status)
+    assert len(status.devices) == 3
+    assert all(device.survey for device in status.devices)
+    await channel.send(Through(status.devices[1].address))
+    await channel.send(AskSurvey())
+    assert (await channel.expect(Survey)).device == "second"
+    await channel.close()
+    astray = await open_channel(first.address)
+    await astray.send(Through("192.0.2.1:1"))
+    with pytest.raises(RequestError, match="shoal status"):
+        await astray.expect(Survey)
+    await astray.close()
 
 
 def _come_as_stranger(state: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from shoal.cli.client import DEFAULT_PORT, agent_address, answers
+from shoal.cli.client import DEFAULT_PORT, agent_address, answers, open_channel
 from shoal.compute.model import Model
 from shoal.errors import DeviceUnreachable, ModelNotFound, RequestError
 from shoal.ids import EngineId
@@ -28,16 +28,19 @@ from shoal.placement.profile import (
     ReadMode,
     System,
 )
-from shoal.runtime.channel import connect, split_address
-from shoal.runtime.deployment import CONTEXT_DEFAULT, LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
-from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, WorkerReport
+from shoal.runtime.deployment import (
+    CONTEXT_DEFAULT,
+    GROWTH_BYTES,
+    LOAD_TIMEOUT_S,
+    MEASURE_TIMEOUT_S,
+    MICRO_BATCH_RING,
+)
+from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, Through, WorkerReport
 from shoal.runtime.model_store import ModelStore
-from shoal.units import MIB, format_bytes
+from shoal.units import format_bytes
 
 LINK_BYTES_PER_S_DEFAULT = 117e6
 """Gigabit Ethernet less its headers."""
-MICRO_BATCH = 512
-_GROWTH_BYTES = 48 * MIB
 _STATUS_TIMEOUT_S = 30.0
 
 
@@ -69,8 +72,9 @@ def model_profile(path: Path, *, context: int | None) -> ModelProfile:
             context=context or min(CONTEXT_DEFAULT, shape.context_length),
             hidden_bytes=shape.hidden_bytes,
             embedding_row_bytes=embedding.num_bytes // shape.vocab_size,
-            stage_bytes=_GROWTH_BYTES + 12 * MICRO_BATCH * shape.hidden_bytes,
-            micro_batch=MICRO_BATCH,
+            # As over several devices, which is what plans are for; one alone takes more tokens at once.
+            stage_bytes=GROWTH_BYTES + 12 * MICRO_BATCH_RING * shape.hidden_bytes,
+            micro_batch=MICRO_BATCH_RING,
         )
     finally:
         model.close()
@@ -106,12 +110,10 @@ async def measure_cluster(
         DeviceUnreachable: a peer does not answer.
         ModelNotFound: a device lacks the model.
     """
-    host, port = split_address(address, default_port=0)
-    addresses = [(host, port), *await _peers_of(host, port)]
     devices, round_trips_s, assumed = [], [], []
-    for index, (host, port) in enumerate(addresses):
-        report(f"measuring {host}:{port}")
-        device, round_trip_s = await _measure_device(host, port, model, profile, head=index == 0)
+    for peer in (None, *await _peers_of(address)):
+        report(f"measuring {peer or address}")
+        device, round_trip_s = await _measure_device(address, peer, model, profile)
         devices.append(device)
         round_trips_s.append(round_trip_s)
     if "output_s" not in devices[0].spreads:
@@ -135,8 +137,8 @@ async def measure_cluster(
     return Measured(Cluster(devices=tuple(devices), links=tuple(links)), tuple(assumed))
 
 
-async def _peers_of(host: str, port: int) -> list[tuple[str, int]]:
-    channel = await connect(host, port)
+async def _peers_of(address: str) -> list[str]:
+    channel = await open_channel(address)
     try:
         await channel.send(AskStatus())
         status = await channel.expect(Status, timeout_s=_STATUS_TIMEOUT_S)
@@ -148,21 +150,24 @@ async def _peers_of(host: str, port: int) -> list[tuple[str, int]]:
             raise DeviceUnreachable(
                 f"{device.address} does not answer ({device.problem}): start it, or plan with --profiles"
             )
-        peers.append(split_address(device.address, default_port=0))
+        peers.append(device.address)
     return peers
 
 
 async def _measure_device(
-    host: str, port: int, model: ModelFile, profile: ModelProfile, *, head: bool
+    address: str, peer: str | None, model: ModelFile, profile: ModelProfile
 ) -> tuple[DeviceProfile, float]:
-    channel = await connect(host, port)
+    """The device at `address`, the head, or a peer of it."""
+    channel = await open_channel(address)
     try:
+        if peer is not None:
+            await channel.send(Through(peer))
         await channel.send(AskSurvey(model))
         # Whoever has not seen its files before hashes them now.
         survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
         if not survey.has_model:
             raise ModelNotFound(
-                f"device {survey.device} ({host}:{port}) lacks the model: copy it into {survey.model_folders[0]}"
+                f"device {survey.device} ({peer or address}) lacks the model: copy it into {survey.model_folders[0]}"
             )
         round_trip_s = await channel.round_trip_s()
         start = StartWorker(
@@ -170,7 +175,7 @@ async def _measure_device(
             model=model,
             memory_bytes=survey.memory_usable_bytes,
             for_plan=True,
-            head=head,
+            head=peer is None,
         )
         await channel.send(start)
         report = await channel.expect(WorkerReport, timeout_s=MEASURE_TIMEOUT_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import platform
 import secrets
@@ -28,6 +29,7 @@ from shoal.errors import (
     LinkError,
     ModelNotFound,
     RemoteProtocolError,
+    RequestError,
     ShoalError,
     WorkerLost,
 )
@@ -58,6 +60,7 @@ from shoal.runtime.messages import (
     StartWorker,
     Status,
     Survey,
+    Through,
     Tokenize,
     Unloaded,
     UnloadModel,
@@ -240,6 +243,9 @@ class Agent:
             elif isinstance(request, StartWorker):
                 await self._lease(channel, request)
                 return
+            elif isinstance(request, Through) and channel.node is None:
+                await self._pass_through(channel, request.address)
+                return
             else:
                 raise RemoteProtocolError(f"{channel.peer} sent {type(request).__name__}, which is no request")
 
@@ -266,6 +272,27 @@ class Agent:
             await _try_send(send, failure(WorkerLost(f"the answer was cut off: {error}; ask again")))
         except (ShoalError, ValueError) as error:
             await _try_send(send, failure(error))
+
+    async def _pass_through(self, channel: Channel, address: str) -> None:
+        """Everything this client says goes to another agent, and back."""
+        for each, connecting in await self._doors():
+            if each == address:
+                far = await connecting()
+                break
+        else:
+            raise RequestError(f"{address} is no device that this agent knows: `shoal status` lists them")
+        try:
+            await _relay(channel, far)
+        finally:
+            await far.close()
+
+    async def _doors(self) -> list[tuple[str, Callable[[], Awaitable[Channel]]]]:
+        """Other agents: how they are named, and what connects to them."""
+        named = [(f"{host}:{port}", functools.partial(connect, host, port)) for host, port in self._options.peers]
+        cluster = self.cluster
+        if cluster is None:
+            return list(named)
+        return [*named, *((_where(each), functools.partial(cluster.connect, each)) for each in await cluster.here())]
 
     async def _while_connected(self, channel: Channel, work: Coroutine[Any, Any, None]) -> None:
         """Runs `work`; cancels it when the other side hangs up or speaks out of turn."""
@@ -306,8 +333,7 @@ class Agent:
     async def _status(self) -> Status:
         own = DeviceStatus(f"{self._options.host}:{self.port}", 0.0, await self._survey(None))
         others = await asyncio.gather(
-            *(self._ask_peer(f"{host}:{port}", connect(host, port)) for host, port in self._options.peers),
-            *(self._ask_peer(_where(each), self.cluster.connect(each)) for each in await self._neighbours() if self.cluster),
+            *(self._ask_peer(address, connecting()) for address, connecting in await self._doors())
         )
         return Status([own, *others])
 
@@ -523,7 +549,7 @@ async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Pa
     return LeasedMember(survey.device, host, channel, round_trip_s=round_trip_s), survey.memory_usable_bytes
 
 
-async def _relay(channel: Channel, worker: WorkerProcess) -> None:
+async def _relay(channel: Channel, worker: WorkerProcess | Channel) -> None:
     """Passes messages both ways until either end closes; a lost worker is told to the head."""
 
     async def to_worker() -> None:

@@ -54,7 +54,7 @@ MICRO_BATCH_RING = 128
 up for no more of that, and smaller ones compute more slowly."""
 MICRO_BATCH_STREAMING = 64
 """Less room for activations is more for weights, which are read for every token; prompts are read more often for it."""
-_GROWTH_BYTES = 48 * MIB
+GROWTH_BYTES = 48 * MIB
 """What a worker takes beyond what it had when it was measured: tokenizer, template, graphs, its part of the libraries."""
 
 Answer = TypeVar("Answer", bound=Message)
@@ -333,7 +333,7 @@ def _place(
         output_bytes=head.output_bytes,
         cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
         # A stage's widest activations are a few times its hidden states; two frames wait on each link.
-        overhead_bytes=runtime_bytes + _GROWTH_BYTES + 12 * micro_batch * head.hidden_size * 4,
+        overhead_bytes=runtime_bytes + GROWTH_BYTES + 12 * micro_batch * head.hidden_size * 4,
         ring_bytes=max(measured.ring_bytes_min for measured in reports),
     )
     devices = [

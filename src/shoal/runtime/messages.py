@@ -60,6 +60,13 @@ class AskSurvey(Message, frozen=True):
     model: ModelFile | None = None
 
 
+class Through(Message, frozen=True):
+    """From here on this is a conversation with another device's agent, at an address that `Status` named. No answer, or
+    `Failed`: only agents prove to each other who they are, so their owner's commands speak through one."""
+
+    address: str
+
+
 class Survey(Message, frozen=True):
     """A device's answer. `model_folders` are where it looked when it has no such model."""
 
@@ -549,10 +556,11 @@ class Prompt(Message, frozen=True):
 
 
 _ALL = (
-    Hello | Failed | Ping | Pong | AskSurvey | Survey | AskStatus | Status | DeviceStatus | StartWorker | WorkerReport
-    | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost | Generate | Cancel | Progress | EngineDescription
-    | Delta | Finished | Accepted | PromptScores | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel
-    | Unloaded | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
+    Hello | Failed | Ping | Pong | AskSurvey | Survey | AskStatus | Status | DeviceStatus | Through
+    | StartWorker | WorkerReport | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost
+    | Generate | Cancel | Progress | EngineDescription | Delta | Finished | Accepted | PromptScores
+    | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel | Unloaded
+    | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt
 )  # fmt: skip
 AnyMessage = _ALL
 
