@@ -6,10 +6,13 @@ import statistics
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shoal.lab.training_workload import Settings, Training, durations
+from shoal.lab.linear_model import Linear
+from shoal.lab.training_workload import Settings, Step, Training, durations
 from shoal.runs import checkpoint as checkpoints
+from shoal.training.samples import SampleOrder
 from tests.lab.fixture import MakeLab, on_a_steady_host
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -38,6 +41,20 @@ def joined(lab: MakeLab, folder: Path) -> tuple[Training, float]:
     return training, started_s
 
 
+def check_bits_and_losses(steps: dict[str, list[Step]]) -> None:
+    """After each step the same bits on all, and the loss of one process with the same global batch."""
+    digests: dict[int, set[str]] = {}
+    for each in (each for found in steps.values() for each in found):
+        digests.setdefault(each.step, set()).add(each.digest)
+    assert all(len(found) == 1 for found in digests.values())
+    model, order = Linear(50, num_samples=2400), SampleOrder(0, 2400, 120)
+    for done in steps["a"]:
+        samples = order.samples(order.interval(done.step))
+        loss, gradients = model.loss_and_gradients(samples)
+        assert done.loss == pytest.approx(loss / len(samples), rel=1e-3)
+        model.apply(np.concatenate([gradients / np.float32(len(samples)), model.buffers()]), step=done.step)
+
+
 @pytest.mark.timeout(240)
 def test_a_fourth_device_joins_and_the_others_hardly_notice(lab: MakeLab, tmp_path: Path) -> None:
     folders = iter(range(9))
@@ -64,6 +81,7 @@ def test_one_is_killed_then_all_and_the_checkpoint_goes_on(lab: MakeLab, tmp_pat
     training.kill("c")
     step = training.steps("a")[-1].step
     training.wait_step("a", step + 2, 30.0)
+    check_bits_and_losses({name: training.steps(name) for name in "abcd"})
     for name in "abd":
         training.kill(name)
     found = checkpoints.newest(tmp_path / "a")

@@ -44,7 +44,7 @@ class Member:
         )  # fmt: skip
         self.done: list[StepDone] = []
         self.digests: dict[int, str] = {}
-        self.num_redone = 0
+        self.num_redone = self.num_computed = 0
         self.error: Exception | None = None
         self.is_crashed = False
         self.run.on_step = self._note
@@ -55,6 +55,7 @@ class Member:
         try:
             while (task := self.run.next_task()) is not None:
                 time.sleep(self.compute_s * len(task.part) / GLOBAL_BATCH)
+                self.num_computed += 1
                 loss, gradients = self.trainee.loss_and_gradients(self.order.samples(task.part))
                 done = self.run.contribute(task, gradients, loss_sum=loss, clip_norm=self.clip_norm)
                 self.num_redone += done is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from shoal.errors import DamagedFile, DeviceRefused, DeviceUnreachable
+from shoal.exchange.runner import Exchange, FloatArray
 from shoal.ids import NodeId
 from shoal.lab.linear_model import Linear
 from shoal.runs import checkpoint as checkpoints
@@ -86,6 +89,32 @@ def test_a_plan_changes_between_steps_where_measured_rates_did(monkeypatch: pyte
     np.testing.assert_allclose([done.loss for done in founder.done], alone(30)[0], rtol=1e-3)
     assert plans[0] == plans[1] == plans[2]
     assert len(plans[0]) > 1
+
+
+def break_once(exchange: Exchange, x: FloatArray, *, timeout_s: float | None = None) -> FloatArray:
+    """Instead of an all-reduce, when all others wait in it."""
+    time.sleep(0.2)
+    exchange.abort()
+    return Exchange.all_reduce(exchange, x, timeout_s=timeout_s)
+
+
+def test_what_was_computed_is_reduced_again_where_only_the_exchange_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    founder = Member(members_min=3, num_steps=30, compute_s=0.02)
+    members = [founder, *(Member(peers=(founder.run.address,), num_steps=30, compute_s=0.02) for _ in range(2))]
+    for step in (6, 14):
+        members[1].wait_step(step)
+        opened = members[1].run._opened
+        assert opened is not None
+        assert opened.exchange is not None
+        monkeypatch.setattr(opened.exchange, "all_reduce", partial(break_once, opened.exchange))
+    for member in members:
+        member.end()
+    check_ledger(members, 30)
+    assert len({entry.epoch for entry in founder.run.entries}) >= 3, "each broke an epoch"
+    np.testing.assert_allclose([done.loss for done in founder.done], alone(30)[0], rtol=2e-4)
+    assert all(len(member.done) == 30 for member in members)
+    # Computing both steps anew would take six; where speeds were told anew meanwhile, a member's share may be another.
+    assert sum(member.num_computed for member in members) <= 3 * 30 + 3
 
 
 def test_links_are_measured_by_what_is_exchanged() -> None:

@@ -132,6 +132,16 @@ class StepDone(NamedTuple):
     step_s: float
 
 
+class _Share(NamedTuple):
+    """What this member computed for a step that does not count yet."""
+
+    step: int
+    part: Interval
+    gradients: FloatArray
+    loss_sum: float
+    compute_s: float
+
+
 class _Open(NamedTuple):
     epoch: int
     members: tuple[NodeId, ...]
@@ -201,6 +211,7 @@ class Run:
         self._clip_norm: float | None = None
         self._has_measured = False
         self._task: Task | None = None
+        self._share: _Share | None = None
         self._opened: _Open | None = None
         self._log_first: int | None = None
         """The first gradient that is kept for shadows."""
@@ -232,18 +243,23 @@ class Run:
             self._drain()
             if self._fatal is not None:
                 raise self._fatal
+            share: _Share | None = None
             with self._lock:
                 task, core = self._task, self._core
                 if self.is_finished or core.phase is m.Phase.GONE or self._is_closed:
                     return None
                 if task is not None and task.step >= self.settings.num_steps:
                     self._task = None
-                elif task is not None and len(task.part):
-                    self._task = None
-                    self._task_s = time.monotonic()
-                    return task
                 elif task is not None:
                     self._task = None
+                    self._task_s = time.monotonic()
+                    share = self._share
+                    if len(task.part) and (share is None or (share.step, share.part) != (task.step, task.part)):
+                        return task
+            if task is not None and share is not None and len(task.part) and task.step < self.settings.num_steps:
+                # The exchange broke and the same is asked for: it is reduced again, not computed again.
+                self._contribute(task, share.gradients, share.loss_sum, share.compute_s)
+                continue
             if task is not None:
                 # Nothing to compute: the run is over, or the others' share is everything.
                 self._contribute(task, None, 0.0, 0.0)
@@ -260,11 +276,17 @@ class Run:
     ) -> StepDone | None:
         """Adds this member's gradients of the summed loss to the others', and applies the mean. Blocks.
 
+        Args:
+            gradients: [num_gradients]; nobody writes to them any more, since they may be sent again.
+
         Returns:
-            None where the step did not come about, and is to be computed again: ask for the next task.
+            None where the step did not come about, and is to be done again: ask for the next task. Where nothing but the
+            exchange broke, what was computed is sent again then, and the task is the one after.
         """
         self._clip_norm = clip_norm
-        return self._contribute(task, gradients, loss_sum, time.monotonic() - self._task_s)
+        compute_s = time.monotonic() - self._task_s
+        self._share = _Share(task.step, task.part, gradients, loss_sum, compute_s)
+        return self._contribute(task, gradients, loss_sum, compute_s)
 
     def leave(self) -> None:
         """At the next step boundary; from any thread."""
@@ -364,6 +386,7 @@ class Run:
         )
         self._task = self._opened = self._log_first = self._log_ends = self._mean = None
         self._has_snapshot = False
+        self._share = None
         self._task_s = self._stepped_s = time.monotonic()
         self._kept: dict[int, FloatArray] = {}
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -808,6 +831,7 @@ class Run:
             self._mean = None
         self.trainee.apply(mean, step=step)
         self._last_digest = self.trainee.digest()
+        self._share = None
         with self._lock:
             self._kept[step] = mean
             self._tell(m.StepApplied(step, self._last_digest))
@@ -817,6 +841,7 @@ class Run:
             if errand != self._errand:
                 return
         about = msgspec.json.decode(fetched.about, type=_About)
+        self._share = None  # it was of another state
         self.trainee.load(fetched.data, about.about)
         self._last_digest = self.trainee.digest() if about.history else ""
         if about.history and about.history[-1].digest != self._last_digest:
