@@ -401,5 +401,6 @@ def _receive_small(sock: socket.socket) -> tuple[FrameHeader, str]:
 
 def _close(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+        # Not `sock.shutdown`: with TLS that forgets the keys first, and who waits would get what is left as it is.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
     sock.close()
