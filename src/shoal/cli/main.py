@@ -99,6 +99,12 @@ def up(
         Path | None,
         typer.Option(help="Write what the membership cores were told to FILE-ID-START, to be replayed.", metavar="FILE"),
     ] = None,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Show figures of the cluster to Prometheus at 127.0.0.1:PORT/metrics.", metavar="PORT"
+        ),
+    ] = None,
     json: Json = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
@@ -119,6 +125,7 @@ def up(
             durable=durable,
             realtime=realtime,
             journal=journal,
+            metrics=metrics,
         ),
         as_json=json,
         until_eof=until_eof,

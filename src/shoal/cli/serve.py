@@ -37,6 +37,8 @@ from shoal.runtime.messages import (
     Tokenized,
     Unloaded,
 )
+from shoal.runtime.node.owner import AskCluster, ClusterStatus, OwnerLink
+from shoal.runtime.node.state import default_folder, runs_from
 from shoal.serving.app import make_app
 from shoal.serving.catalogue import Catalogue, Runtime
 from shoal.serving.connection import http_server
@@ -136,6 +138,7 @@ async def _serve(settings: Settings) -> None:
         await catalogue.start()
         metrics = Metrics()
         metrics.watch(catalogue)
+        metrics.watch_cluster(_ask_cluster)
         app = make_app(
             Service(catalogue, metrics),
             GateOptions(api_keys=settings.api_keys, hosts=[settings.host, *settings.hosts], origins=settings.origins),
@@ -143,6 +146,15 @@ async def _serve(settings: Settings) -> None:
         await stack.enter_async_context(http_server(app, listener))
         _announce(settings, listener.getsockname()[1], agent_address, catalogue)
         await ended.wait()
+
+
+def _ask_cluster() -> ClusterStatus | None:
+    """What the device that runs here knows of its cluster; None where none runs. Raises a ShoalError as `OwnerLink` does."""
+    folder = default_folder()
+    if not runs_from(folder):
+        return None
+    with OwnerLink(folder, timeout_s=2.0) as owner:
+        return owner.ask(AskCluster(), ClusterStatus)
 
 
 @contextlib.asynccontextmanager

@@ -21,6 +21,7 @@ from shoal.runtime.channel import split_address
 from shoal.runtime.node.addresses import join_address
 from shoal.runtime.node.interpreter import Interpreter, NodeOptions
 from shoal.runtime.node.links import DEFAULT_PORT as DEFAULT_MEMBER_PORT
+from shoal.runtime.node.metrics import MetricsPage
 from shoal.runtime.node.neighbours import Neighbours
 from shoal.runtime.node.owner import OwnerDesk
 from shoal.runtime.node.priority import why_not_realtime
@@ -80,6 +81,8 @@ class MemberOptions:
     node: NodeOptions
     is_durable: bool = False
     is_optional: bool = False
+    metrics_port: int | None = None
+    """Where figures of the cluster are shown on this machine; 0 takes a free port."""
 
 
 def member_options(
@@ -93,12 +96,15 @@ def member_options(
     durable: bool,
     realtime: bool,
     journal: Path | None,
+    metrics: int | None = None,
 ) -> MemberOptions | None:
     """What was typed; None for an agent without a cluster. Raises ValueError with one line."""
     is_wanted = state is not None or listen not in (None, "none")
     if listen == "none" or not (is_wanted or may_default):
-        if state is not None or advertise or dial_only or journal is not None:
-            raise ValueError("--state, --advertise, --dial-only and --journal are about members: leave out --members none")
+        if state is not None or advertise or dial_only or journal is not None or metrics is not None:
+            raise ValueError(
+                "--state, --advertise, --dial-only, --journal and --metrics are about members: leave out --members none"
+            )
         return None
     for address in advertise:
         split_address(address, default_port=DEFAULT_MEMBER_PORT)
@@ -114,6 +120,7 @@ def member_options(
         ),
         is_durable=durable,
         is_optional=not is_wanted,
+        metrics_port=metrics,
     )
 
 
@@ -122,8 +129,11 @@ def up(options: AgentOptions, members: MemberOptions | None, *, as_json: bool, u
     asyncio.run(_serve(options, members, as_json=as_json, until_eof=until_eof))
 
 
-def _start_links(members: MemberOptions, agent: Agent, address: str, on_end: Callable[[], object]) -> Interpreter:
-    """The device's links to members, on a thread of their own; the agent works with them from then on.
+def _start_links(
+    members: MemberOptions, agent: Agent, address: str, on_end: Callable[[], object]
+) -> tuple[Interpreter, MetricsPage | None]:
+    """The device's links to members, on a thread of their own, and the page of their figures; the agent works with members
+    from then on.
 
     Raises:
         AddressInUse, DeviceError, CannotWrite: why they cannot be.
@@ -134,16 +144,17 @@ def _start_links(members: MemberOptions, agent: Agent, address: str, on_end: Cal
     except BaseException:
         state.close()
         raise
-    OwnerDesk(node)
+    desk = OwnerDesk(node)
     agent.cluster = Neighbours(node, on_agent=agent.take_member, on_removed=agent.part_from)
     host = members.node.listen[0] if members.node.listen else "127.0.0.1"
     try:
+        page = None if members.metrics_port is None else MetricsPage(members.metrics_port, desk.ask_status)
         state.announce_agent(join_address(_REACHED.get(host, host), node.port), address)
     except BaseException:
         node.stop()
         raise
     node.start()
-    return node
+    return node, page
 
 
 async def _serve(options: AgentOptions, members: MemberOptions | None, *, as_json: bool, until_eof: bool) -> None:
@@ -152,17 +163,18 @@ async def _serve(options: AgentOptions, members: MemberOptions | None, *, as_jso
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     node: Interpreter | None = None
+    page: MetricsPage | None = None
     problem = ""
     if members is not None:
         address = join_address(_REACHED.get(options.host, options.host), agent.port)
         try:
-            node = _start_links(members, agent, address, lambda: loop.call_soon_threadsafe(ended.set))
+            node, page = _start_links(members, agent, address, lambda: loop.call_soon_threadsafe(ended.set))
         except ShoalError as error:
             if not members.is_optional:
                 await agent.stop()
                 raise
             problem = str(error)
-    _announce(options, agent.port, node, problem, as_json=as_json)
+    _announce(options, agent.port, node, problem, page, as_json=as_json)
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C arrives as KeyboardInterrupt
             loop.add_signal_handler(number, ended.set)
@@ -171,6 +183,8 @@ async def _serve(options: AgentOptions, members: MemberOptions | None, *, as_jso
     try:
         await ended.wait()
     finally:
+        if page is not None:
+            page.close()
         if node is not None:
             await asyncio.to_thread(node.stop)
         await agent.stop()
@@ -190,12 +204,22 @@ def _call_at_eof(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> N
         loop.call_soon_threadsafe(call)
 
 
-def _announce(options: AgentOptions, port: int, node: Interpreter | None, problem: str, *, as_json: bool) -> None:
+def _announce(
+    options: AgentOptions,
+    port: int,
+    node: Interpreter | None,
+    problem: str,
+    page: MetricsPage | None,
+    *,
+    as_json: bool,
+) -> None:
     address = f"{options.host}:{port}"
     if as_json:
         line = {"event": "listening", "address": address, "device": options.name}
         if node is not None:
             line |= {"members": f"{(node.options.listen or ('',))[0]}:{node.port}", "id": node.me}
+        if page is not None:
+            line["metrics"] = f"127.0.0.1:{page.port}"
         print(json.dumps(line), flush=True)  # noqa: T201
         return
     console = Console(stderr=True)
@@ -216,6 +240,8 @@ def _announce(options: AgentOptions, port: int, node: Interpreter | None, proble
         console.print(f"members reach it at {', '.join(node.addresses()) or 'no address, it dials'}; {cluster}")
         if node.options.is_realtime and (refusal := why_not_realtime()):
             console.print(f"[yellow]warning:[/] {refusal}")
+    if page is not None:
+        console.print(f"figures of the cluster at http://127.0.0.1:{page.port}/metrics")
     if problem:
         console.print(f"[yellow]warning:[/] no links to members: {problem}")
     console.print("Ctrl-C leaves.")

@@ -69,7 +69,7 @@ def make_app(service: Service, options: GateOptions) -> ASGIApp:
         )
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.page(), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(service.metrics.page), media_type=CONTENT_TYPE)
 
     async def description(_: Request) -> Response:
         return Response(schema, media_type="application/json")

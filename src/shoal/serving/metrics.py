@@ -8,12 +8,15 @@ All times are differences of one process's monotonic clock.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shoal.runtime.messages import EngineDescription, Finished
+from shoal.runtime.node.metrics import ClusterCollector
+from shoal.runtime.node.owner import ClusterStatus
 from shoal.serving.catalogue import Catalogue
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -75,6 +78,10 @@ class Metrics:
     def watch(self, catalogue: Catalogue) -> None:
         """Adds what is read from the models whenever somebody looks."""
         self._registry.register(_Live(catalogue))
+
+    def watch_cluster(self, ask: Callable[[], ClusterStatus | None]) -> None:
+        """Adds what this device knows of its cluster: `ask` is called for each page, and may take its time."""
+        self._registry.register(ClusterCollector(ask))
 
     def begin(self, model: str, *, arrived_s: float) -> RequestTiming:
         """For one answer whose turn it is."""

@@ -54,6 +54,7 @@ from shoal.effects import (
 from shoal.errors import RemoteProtocolError, ShoalError
 from shoal.ids import GroupId, NodeId
 from shoal.membership.group.facts import LeaderChanged
+from shoal.membership.messages import Refused
 from shoal.membership.presence import Outranked, SayGoodbye
 from shoal.membership.roster import MemberAdded, MemberRemoved, SetAddresses
 from shoal.membership.timing import Timing
@@ -248,6 +249,8 @@ class Interpreter:
         """Does it."""
         for effect in effects:
             if type(effect) is Send:
+                if type(effect.message) is Refused:
+                    self.links.refusals[f"as a member: {effect.message.reason}"] += len(effect.peers)
                 self.links.send(effect.peers, message_frame(wire.encode(effect.message)))
             elif type(effect) is SetTimer:
                 self._set_timer(effect)

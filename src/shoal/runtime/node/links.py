@@ -16,6 +16,7 @@ import selectors
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Protocol
@@ -86,7 +87,7 @@ class Listener(Protocol):
         """Has `act` called on the links' thread."""
 
 
-class Counters(msgspec.Struct):
+class LinkCounters(msgspec.Struct):
     """What happened on the links since the start."""
 
     num_accepted: int = 0
@@ -154,7 +155,9 @@ class Links:
         chance: random.Random,
     ) -> None:
         self.me = keys.node
-        self.counters = Counters()
+        self.counters = LinkCounters()
+        self.refusals: Counter[str] = Counter()
+        """Whom this device did not let in or hung up on, by reason."""
         self.problems: dict[NodeId, str] = {}
         """Why a wanted peer is not linked, in one line."""
         self._keys = keys
@@ -368,8 +371,10 @@ class Links:
         link = held.link
         if isinstance(error, RemoteProtocolError):
             self.counters.num_malformed += 1
+            self.refusals["malformed"] += 1
         elif isinstance(error, PeerNotTrusted) and not link.is_dialled:
             self.counters.num_refused += 1
+            self.refusals["too many strangers" if link.stage is Stage.PREFACE else "not trusted"] += 1
         self._drop(held)
         if held.seeks is not None:
             self._attempt_failed(held, error)
@@ -425,6 +430,7 @@ class Links:
                 # Who greets at once is through within milliseconds; the oldest has had its chance.
                 silent = next((each for each in self._half_open if each.link.stage is Stage.PREFACE), None)
                 self.counters.num_evicted += 1
+                self.refusals["too many that say nothing"] += 1
                 self._drop(silent or next(iter(self._half_open)))
             try:
                 link = ControlLink.accept(sock, f"{address[0]}:{address[1]}")
@@ -486,10 +492,10 @@ class Links:
         if before is not None:
             is_alive = self._clock() - before.heard_s < ALIVE_S
             if not before.link.is_dialled and is_alive:
-                self._refuse(held, _CLONE)
+                self._refuse(held, "cloned key", _CLONE)
                 return
             if before.link.is_dialled and self.me < peer and is_alive:
-                self._refuse(held, "another link stands")
+                self._refuse(held, "another link stands", "another link stands")
                 return
             if is_alive:
                 self._retire(before)
@@ -501,16 +507,17 @@ class Links:
     def _let_owner_in(self, held: _Held) -> None:
         link = held.link
         if not _is_from_here(link.socket):
-            self._refuse(held, _CLONE)
+            self._refuse(held, "cloned key", _CLONE)
         elif sum(each.is_owner for each in self._held.values()) >= OWNERS_MAX:
-            self._refuse(held, "too many commands are under way: try again")
+            self._refuse(held, "too many commands", "too many commands are under way: try again")
         else:
             held.is_owner = True
             held.deadline_s = float("inf")
             link.welcome()
 
-    def _refuse(self, held: _Held, text: str) -> None:
+    def _refuse(self, held: _Held, reason: str, text: str) -> None:
         self.counters.num_refused += 1
+        self.refusals[reason] += 1
         held.link.refuse(text)
         self._drop(held)
 
@@ -723,6 +730,7 @@ class Links:
                     continue
                 if not held.link.is_dialled:
                     self.counters.num_evicted += 1
+                    self.refusals["too slow"] += 1
                 elif held.link.stage is not Stage.CONNECTING and now_s < held.deadline_s + GREETING_S - CONNECT_S:
                     continue
                 self._lose(held, LinkClosed(f"{held.link.address} did not answer in time"))

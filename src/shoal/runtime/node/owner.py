@@ -11,7 +11,11 @@ from __future__ import annotations
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import Future
+from itertools import accumulate
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +32,7 @@ from shoal.errors import (
 )
 from shoal.ids import NodeId
 from shoal.membership.failure import MemberGone, MemberHere, Peer
+from shoal.membership.group.facts import Decided
 from shoal.membership.roster import (
     INVITATION_S_MAX,
     Admitted,
@@ -49,12 +54,14 @@ from shoal.runtime.messages import Failed
 from shoal.runtime.node import clock
 from shoal.runtime.node.interpreter import Interpreter
 from shoal.runtime.node.links import DEFAULT_PORT
-from shoal.runtime.node.state import find_agent
+from shoal.runtime.node.state import find_agent, runs_from
 from shoal.runtime.node.token import SECRET_BYTES, Token, print_token, read_token
 from shoal.transport.control import AS_MEMBER, FRAME_BYTES_MAX, HEAD, PREFACE_MAGIC, ControlLink, FrameKind, frame
 from shoal.transport.secure import TrustStore
 
 ANSWER_S = 30.0
+DECIDE_S = (0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, 5.0)
+"""Bounds between which decisions are counted."""
 _ATTEMPTS, _ATTEMPT_AGAIN_S = 3, 0.15
 _LEAVE_S = 0.3
 """Long enough for the word to reach those to whom links stand."""
@@ -166,6 +173,15 @@ class LinkStatus(msgspec.Struct, frozen=True):
     """Into this device: when anything last came."""
 
 
+class Decisions(msgspec.Struct, frozen=True):
+    """What this device decided as the leader of groups. `at_most` counts those that took no longer, by seconds."""
+
+    num: int
+    seconds: float
+    """Of all together."""
+    at_most: dict[float, int]
+
+
 class ClusterStatus(Answer, frozen=True):
     """What `shoal status` shows. `cluster` is empty for a device that belongs nowhere."""
 
@@ -183,6 +199,9 @@ class ClusterStatus(Answer, frozen=True):
     """Of each group: epoch, leader and this device's part, in one line."""
     counters: dict[str, int]
     problems: tuple[str, ...] = ()
+    refusals: dict[str, int] = {}
+    """Whom this device did not let in or hung up on, by reason."""
+    decisions: Decisions | None = None
 
 
 AnyAnswer = Invitation | Joined | Done | ClusterStatus | Failed
@@ -209,6 +228,9 @@ class OwnerDesk:
         self._joining: _Joining | None = None
         self._graph: LinkGraph | None = None
         self._changed_s: dict[NodeId, float] = {}
+        self._decide_s = 0.0
+        self._decided: Counter[float] = Counter()
+        """By the least bound that is not below what it took."""
         interpreter.desk = self
 
     # ---- what the interpreter tells
@@ -232,6 +254,9 @@ class OwnerDesk:
             self._graph = fact.graph
         elif isinstance(fact, MemberHere | MemberGone):
             self._changed_s[fact.node] = clock.now_s()
+        elif isinstance(fact, Decided):
+            self._decide_s += fact.decide_s
+            self._decided[next((bound_s for bound_s in DECIDE_S if fact.decide_s <= bound_s), inf)] += 1
         elif isinstance(fact, Admitted):
             # The roster is whole only after this fact.
             self._node.call_later(0.0, self._be_admitted)
@@ -411,6 +436,19 @@ class OwnerDesk:
 
     # ---- status
 
+    def ask_status(self, *, timeout_s: float = 5.0) -> ClusterStatus:
+        """The same as `status`, for other threads than the interpreter's.
+
+        Raises:
+            DeviceUnreachable: the links do not answer in time, or have ended.
+        """
+        answer: Future[ClusterStatus] = Future()
+        self._node.post(lambda: answer.set_result(self.status()))
+        try:
+            return answer.result(timeout_s)
+        except TimeoutError:
+            raise DeviceUnreachable("the links to members do not answer") from None
+
     def status(self) -> ClusterStatus:
         """Everything this device knows, now."""
         node, core = self._node, self._node.core
@@ -420,6 +458,7 @@ class OwnerDesk:
         counters = {
             **{name: getattr(node.links.counters, name) for name in node.links.counters.__struct_fields__},
             "num_events": node.num_events,
+            **{f"probes_{name}": getattr(node.probes.counters, name) for name in node.probes.counters.__struct_fields__},
         }
         groups = {
             str(name): f"epoch {group.committed.epoch}, {len(group.committed.members)} members, led by "
@@ -439,7 +478,13 @@ class OwnerDesk:
             groups=groups,
             counters=counters,
             problems=(node.state.disk.problem,) if node.state.disk.problem else (),
+            refusals=dict(node.links.refusals),
+            decisions=self._decisions(),
         )
+
+    def _decisions(self) -> Decisions:
+        counts = accumulate(self._decided[bound_s] for bound_s in DECIDE_S)
+        return Decisions(self._decided.total(), self._decide_s, dict(zip(DECIDE_S, counts, strict=True)))
 
     def _member(self, device: Device, graph: LinkGraph | None) -> MemberStatus:
         node, core, now_s = self._node, self._node.core, clock.now_s()
@@ -536,7 +581,7 @@ class OwnerLink:
                 self._open(folder, timeout_s)
                 return
             except DeviceUnreachable:
-                if attempt == _ATTEMPTS or not (folder / "agent.json").exists():
+                if attempt == _ATTEMPTS or not runs_from(folder):
                     raise
                 time.sleep(_ATTEMPT_AGAIN_S)  # a device that just left is changing its key
 

@@ -116,6 +116,11 @@ class DeviceState:
 _FAR_AHEAD = 1_000_000
 
 
+def runs_from(folder: Path) -> bool:
+    """Whether an agent has said that it runs from there."""
+    return (folder / "agent.json").exists()
+
+
 def find_agent(folder: Path) -> tuple[str, DeviceKeys]:
     """Where the owner reaches the agent that runs from `folder`, and its key.
 
