@@ -121,13 +121,18 @@ def test_an_address_in_use_is_said(tmp_path: Path) -> None:
     assert result.stderr == f"shoal: 127.0.0.1:{port} is in use: stop the program there or choose another --listen\n"
 
 
-def test_listening_beyond_loopback_warns(tmp_path: Path) -> None:
+def test_agents_that_prove_nothing_are_the_owners_choice(tmp_path: Path) -> None:
+    for far in ("--listen=0.0.0.0:0", "--peer=192.0.2.1"):
+        refused = shoal("up", far, f"--models={tmp_path}")
+        assert refused.returncode == 2
+        assert "prove nothing" in refused.stderr
+        assert "shoal invite" in refused.stderr
     process = subprocess.Popen(
-        [sys.executable, "-m", "shoal", "up", "--listen=0.0.0.0:0", f"--models={tmp_path}", "--until-eof"],
+        [sys.executable, "-m", "shoal", "up", "--listen=0.0.0.0:0", "--plain", f"--models={tmp_path}", "--until-eof"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     _, stderr = process.communicate("", timeout=20)
     assert process.returncode == 0
-    assert "warning: links are not authenticated or encrypted yet" in stderr.replace("\n", " ")
+    assert "plain: whoever reaches this address can use this device" in stderr.replace("\n", " ")

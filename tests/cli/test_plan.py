@@ -84,8 +84,27 @@ def test_agents_are_measured_and_their_profiles_kept(model: Path, tmp_path: Path
     result = shoal("plan", str(model), "--memory", "1GB", "--json", "--save-profiles", str(kept))
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout)
-    assert answer["assumed"]
+    assert answer["assumed"] == []
     cluster = decode_cluster(kept.read_bytes())
     assert cluster.head.times.layer_s > 0
+    assert cluster.head.spreads.keys() == {"layer_s", "batch_layer_s", "output_s"}
     again = shoal("plan", str(model), "--profiles", str(kept), "--json")
     assert json.loads(again.stdout)["plan"] == answer["plan"]
+
+
+def test_a_profile_is_printed_with_its_spreads(model: Path) -> None:
+    result = shoal("profile", str(model), "--memory", "400MB", "--json")
+    assert result.returncode == 0, result.stderr
+    (device,) = json.loads(result.stdout)["cluster"]["devices"]
+    assert device["times"]["output_s"] > 0
+    assert device["spreads"].keys() == {"layer_s", "batch_layer_s", "output_s"}
+    text = shoal("profile", str(model), "--memory", "400MB").stdout
+    for wanted in ("(head)", "spread", "output projection"):
+        assert wanted in text
+
+
+def test_a_profile_of_a_model_that_nobody_has_is_one_line(tmp_path: Path) -> None:
+    result = shoal("profile", str(tmp_path / "nowhere.gguf"))
+    assert result.returncode == 1
+    assert "nowhere.gguf" in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -6,35 +6,37 @@ yet is assumed, and each assumption is named in what comes back, so that a plan 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
+from shoal.cli.client import DEFAULT_PORT, agent_address, answers
 from shoal.compute.model import Model
 from shoal.errors import DeviceUnreachable, ModelNotFound, RequestError
 from shoal.ids import EngineId
 from shoal.placement.profile import (
-    BATCH_TOKENS,
     Cluster,
     DeviceProfile,
     Disk,
     LayerTimes,
     LinkProfile,
     ModelProfile,
+    ReadMode,
     System,
 )
 from shoal.runtime.channel import connect, split_address
 from shoal.runtime.deployment import CONTEXT_DEFAULT, LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, WorkerReport
+from shoal.runtime.model_store import ModelStore
 from shoal.units import MIB, format_bytes
 
 LINK_BYTES_PER_S_DEFAULT = 117e6
 """Gigabit Ethernet less its headers."""
 MICRO_BATCH = 512
-_BATCH_COSTS_TOKENS = 8
-"""A batch of 32 tokens against one: kernels for quantised weights gain about 4 on processors."""
 _GROWTH_BYTES = 48 * MIB
 _STATUS_TIMEOUT_S = 30.0
 
@@ -74,6 +76,27 @@ def model_profile(path: Path, *, context: int | None) -> ModelProfile:
         model.close()
 
 
+async def ask_cluster(
+    store: ModelStore, path: Path, profile: ModelProfile, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float
+) -> Measured:
+    """Measures the devices of the agent at `agent`, of this device's, or of one that is started with `own_agent` for it.
+
+    Raises:
+        DeviceUnreachable: a device does not answer.
+        ModelNotFound: a device lacks the model.
+    """
+
+    def report(text: str) -> None:
+        if sys.stderr.isatty():
+            print(text, file=sys.stderr)  # noqa: T201
+
+    model = await asyncio.to_thread(store.identify, path)
+    if agent is None and (own_agent or not await answers("127.0.0.1", DEFAULT_PORT)):
+        own_agent = [*own_agent, f"--models={path.parent}"]  # it is asked for the file by content, wherever that lies
+    async with agent_address(agent, own_agent) as address:
+        return await measure_cluster(address, model, profile, link_bytes_per_s=link_bytes_per_s, report=report)
+
+
 async def measure_cluster(
     address: str, model: ModelFile, profile: ModelProfile, *, link_bytes_per_s: float, report: Callable[[str], None]
 ) -> Measured:
@@ -85,16 +108,17 @@ async def measure_cluster(
     """
     host, port = split_address(address, default_port=0)
     addresses = [(host, port), *await _peers_of(host, port)]
-    devices, round_trips_s = [], []
-    for host, port in addresses:
+    devices, round_trips_s, assumed = [], [], []
+    for index, (host, port) in enumerate(addresses):
         report(f"measuring {host}:{port}")
-        device, round_trip_s = await _measure_device(host, port, model, profile)
+        device, round_trip_s = await _measure_device(host, port, model, profile, head=index == 0)
         devices.append(device)
         round_trips_s.append(round_trip_s)
-    assumed = [f"a prompt's batch of {BATCH_TOKENS} tokens takes a layer as long as {_BATCH_COSTS_TOKENS} tokens one by one"]
+    if "output_s" not in devices[0].spreads:
+        assumed.append(f"{devices[0].id} projects to its vocabulary as fast as it computes layers of as many bytes")
     links = []
     if len(devices) > 1:
-        assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (--link-rate)")
+        assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (shoal plan --link-rate)")
         for first, source in enumerate(devices):
             for second, target in enumerate(devices):
                 if first != second:
@@ -128,7 +152,9 @@ async def _peers_of(host: str, port: int) -> list[tuple[str, int]]:
     return peers
 
 
-async def _measure_device(host: str, port: int, model: ModelFile, profile: ModelProfile) -> tuple[DeviceProfile, float]:
+async def _measure_device(
+    host: str, port: int, model: ModelFile, profile: ModelProfile, *, head: bool
+) -> tuple[DeviceProfile, float]:
     channel = await connect(host, port)
     try:
         await channel.send(AskSurvey(model))
@@ -139,7 +165,13 @@ async def _measure_device(host: str, port: int, model: ModelFile, profile: Model
                 f"device {survey.device} ({host}:{port}) lacks the model: copy it into {survey.model_folders[0]}"
             )
         round_trip_s = await channel.round_trip_s()
-        start = StartWorker(engine=EngineId(secrets.randbits(63) | 1), model=model, memory_bytes=survey.memory_usable_bytes)
+        start = StartWorker(
+            engine=EngineId(secrets.randbits(63) | 1),
+            model=model,
+            memory_bytes=survey.memory_usable_bytes,
+            for_plan=True,
+            head=head,
+        )
         await channel.send(start)
         report = await channel.expect(WorkerReport, timeout_s=MEASURE_TIMEOUT_S)
     finally:
@@ -155,13 +187,21 @@ async def _measure_device(host: str, port: int, model: ModelFile, profile: Model
             runtime_bytes=report.runtime_bytes,
             times=LayerTimes(
                 layer_s=report.layer_s,
-                batch_layer_s=report.layer_s * _BATCH_COSTS_TOKENS,
-                output_s=report.layer_s * output_layers,
+                batch_layer_s=report.batch_layer_s,
+                output_s=report.output_s or report.layer_s * output_layers,
             ),
-            disk=Disk(mode="direct", read_bytes_per_s=report.read_bytes_per_s) if report.read_bytes_per_s else None,
+            disk=_disk(report),
+            spreads=report.spreads,
         ),
         round_trip_s,
     )
+
+
+def _disk(report: WorkerReport) -> Disk | None:
+    """None where weights cannot be streamed, or surely all fit, so that nobody read."""
+    if not report.read_bytes_per_s:
+        return None
+    return Disk(mode=msgspec.convert(report.read_mode, ReadMode), read_bytes_per_s=report.read_bytes_per_s)
 
 
 def _system(text: str) -> System:

@@ -27,6 +27,14 @@ Listen = Annotated[str, typer.Option(help="Address to listen on, HOST:PORT; port
 Peers = Annotated[
     list[str] | None, typer.Option("--peer", help="Address of another device's agent; repeat for more.", metavar="ADDRESS")
 ]
+Plain = Annotated[
+    bool,
+    typer.Option(
+        "--plain",
+        help="Talk to agents that prove nothing, by address: on a network you trust. Members of a cluster need it not.",
+        envvar="SHOAL_PLAIN",
+    ),
+]
 Models = Annotated[list[Path] | None, typer.Option("--models", help="A folder with .gguf files; repeat for more.")]
 Memory = Annotated[str | None, typer.Option(help="Most memory that shoal may take here, such as 8GB.", metavar="SIZE")]
 Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threads; measured if not given.")]
@@ -62,6 +70,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def up(
     listen: Listen = DEFAULT_AGENT,
     peer: Peers = None,
+    plain: Plain = False,
+    plain_frames: Annotated[
+        bool, typer.Option("--plain-frames", help="Do not encrypt what models send round, on a wire you trust.")
+    ] = False,
     models: Models = None,
     memory: Memory = None,
     threads: Threads = None,
@@ -94,7 +106,9 @@ def up(
     from shoal.cli import up as verb
 
     verb.up(
-        verb.agent_options(listen, peer or [], models or [], memory, threads, device, name),
+        verb.agent_options(
+            listen, peer or [], models or [], memory, threads, device, name, plain=plain, plain_frames=plain_frames
+        ),
         verb.member_options(
             state,
             members,
@@ -117,6 +131,7 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="What to answer; without it, a chat starts.")] = None,
     agent: AgentAddress = None,
     peer: Peers = None,
+    plain: Plain = False,
     models: Models = None,
     memory: Memory = None,
     threads: Threads = None,
@@ -150,14 +165,14 @@ def run(
     from shoal.runtime.messages import EngineOptions, Sampling
 
     # Checked here as well, so that a mistake is one line and not a failed start of another process.
-    agent_options("127.0.0.1:0", peer or [], models or [], memory, threads, device, None)
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, threads, device, None, plain=plain)
     residency_mode, window_layers = verb.parse_residency(residency)
     verb.run(
         model,
         prompt,
         verb.Settings(
             agent=agent,
-            own_agent=_own_agent_arguments(peer, models, memory),
+            own_agent=_own_agent_arguments(peer, models, memory, plain=plain),
             options=EngineOptions(
                 context=context,
                 layer_counts=verb.parse_counts(layers),
@@ -192,6 +207,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="A path, owner/repo[:QUANT], or the name of a file in a model folder.")],
     agent: AgentAddress = None,
     peer: Peers = None,
+    plain: Plain = False,
     models: Models = None,
     memory: Memory = None,
     profiles: Annotated[
@@ -214,7 +230,7 @@ def plan(
     from shoal.placement.program import parse_objective
     from shoal.units import parse_bytes
 
-    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None)
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None, plain=plain)
     rate = parse_bytes(link_rate)
     if not rate:
         raise ValueError("--link-rate 0: links must carry something")
@@ -222,7 +238,7 @@ def plan(
         model,
         verb.Settings(
             agent=agent,
-            own_agent=_own_agent_arguments(peer, models, memory),
+            own_agent=_own_agent_arguments(peer, models, memory, plain=plain),
             model_folders=models or [],
             profiles=profiles,
             save_profiles=save_profiles,
@@ -232,6 +248,30 @@ def plan(
             link_bytes_per_s=float(rate),
             as_json=json,
         ),
+    )
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A path, owner/repo[:QUANT], or the name of a file in a model folder.")],
+    agent: AgentAddress = None,
+    peer: Peers = None,
+    plain: Plain = False,
+    models: Models = None,
+    memory: Memory = None,
+    json: Json = False,
+) -> None:
+    """Measure how fast each device computes and reads a model, and say how far the repetitions lay apart."""
+    from shoal.cli import profile as verb
+    from shoal.cli.up import agent_options
+
+    agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None, plain=plain)
+    verb.profile(
+        model,
+        agent=agent,
+        own_agent=_own_agent_arguments(peer, models, memory, plain=plain),
+        model_folders=models or [],
+        as_json=json,
     )
 
 
@@ -254,6 +294,7 @@ def serve(
         str | None, typer.Option(help=f"Address of the agent that is started here; {DEFAULT_AGENT}.", metavar="ADDRESS")
     ] = None,
     peer: Peers = None,
+    plain: Plain = False,
     models: Models = None,
     memory: Memory = None,
     threads: Threads = None,
@@ -297,7 +338,9 @@ def serve(
             host=host,
             port=port,
             models=model or [],
-            agent=agent_options(agent_listen or DEFAULT_AGENT, peer or [], models or [], memory, threads, device, name),
+            agent=agent_options(
+                agent_listen or DEFAULT_AGENT, peer or [], models or [], memory, threads, device, name, plain=plain
+            ),
             attach=verb.agent_of(agent, may_find=not own_agent),
             engine=EngineOptions(
                 context=context,
@@ -641,8 +684,9 @@ def simulate(
     verb.simulate(scenario, devices=devices, seconds=seconds, changes=changes, seed=seed, as_json=json)
 
 
-def _own_agent_arguments(peer: list[str] | None, models: list[Path] | None, memory: str | None) -> list[str]:
+def _own_agent_arguments(peer: list[str] | None, models: list[Path] | None, memory: str | None, *, plain: bool) -> list[str]:
     arguments = [f"--peer={address}" for address in peer or []]
+    arguments += ["--plain"] if plain and arguments else []
     arguments += [f"--models={folder}" for folder in models or []]
     return arguments + ([f"--memory={memory}"] if memory else [])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from shoal.cli.client import DEFAULT_PORT, agent_address, answers
-from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, measure_cluster, model_profile
+from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, ask_cluster, model_profile
 from shoal.errors import CannotWrite, InfeasiblePlacement
 from shoal.placement.baselines import BASELINES
 from shoal.placement.planner import Plan, PlannedStage, make_plan, plan_baseline
@@ -63,7 +61,20 @@ def plan(model: str, settings: Settings) -> None:
     store = ModelStore(settings.model_folders)
     path = store.resolve(model)
     profile = model_profile(path, context=settings.context)
-    measured = _read(settings.profiles) if settings.profiles else asyncio.run(_measure(store, path, profile, settings))
+    measured = (
+        _read(settings.profiles)
+        if settings.profiles
+        else asyncio.run(
+            ask_cluster(
+                store,
+                path,
+                profile,
+                agent=settings.agent,
+                own_agent=settings.own_agent,
+                link_bytes_per_s=settings.link_bytes_per_s,
+            )
+        )
+    )
     if settings.save_profiles:
         _save(settings.save_profiles, measured.cluster)
     made = make_plan(measured.cluster, profile, objective=settings.objective)
@@ -89,19 +100,6 @@ def _save(path: Path, cluster: Cluster) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(cluster), indent=2) + b"\n")
     except OSError as error:
         raise CannotWrite(f"--save-profiles {path}: {error.strerror or error}") from None
-
-
-async def _measure(store: ModelStore, path: Path, profile: ModelProfile, settings: Settings) -> Measured:
-    def report(text: str) -> None:
-        if sys.stderr.isatty():
-            print(text, file=sys.stderr)  # noqa: T201
-
-    model = await asyncio.to_thread(store.identify, path)
-    own_agent = settings.own_agent
-    if settings.agent is None and (own_agent or not await answers("127.0.0.1", DEFAULT_PORT)):
-        own_agent = [*own_agent, f"--models={path.parent}"]  # it is asked for the file by content, wherever that lies
-    async with agent_address(settings.agent, own_agent) as address:
-        return await measure_cluster(address, model, profile, link_bytes_per_s=settings.link_bytes_per_s, report=report)
 
 
 def _others(cluster: Cluster, profile: ModelProfile, settings: Settings) -> tuple[Comparison, ...]:

@@ -54,6 +54,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
             }
             for stage, time in zip(engine.stages, times, strict=True)
         ],
+        "encrypts": engine.encrypts,
         "left_out": [[device, reason] for device, reason in engine.left_out],
     }
 
@@ -63,6 +64,7 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
     rate = tokens_per_s(finished)
     streams = any(stage.streamed_bytes for stage in engine.stages)
     read = "weights read from disk; " if streams else ""
+    links = "encrypted" if engine.encrypts else "not encrypted"
     parts = "computing, waiting for the disk, waiting" if streams else "computing, waiting"
     reads = f", weights read {finished.reads_per_prompt} x" if streams and finished.reads_per_prompt > 1 else ""
     times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
@@ -72,7 +74,8 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
         title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
         f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}{reads}",
         title_justify="left",
-        caption=f"per token: {read}medians of {parts} for the others, sending and receiving",
+        caption=f"per token: {read}medians of {parts} for the others, sending and receiving"
+        + (f"; links {links}" if len(engine.stages) > 1 else ""),
         caption_justify="left",
         box=None,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from shoal.runtime.channel import split_address
 from shoal.runtime.node.addresses import join_address
 from shoal.runtime.node.interpreter import Interpreter, NodeOptions
 from shoal.runtime.node.links import DEFAULT_PORT as DEFAULT_MEMBER_PORT
+from shoal.runtime.node.neighbours import Neighbours
 from shoal.runtime.node.owner import OwnerDesk
 from shoal.runtime.node.priority import why_not_realtime
 from shoal.runtime.node.state import DeviceState, default_folder
@@ -40,9 +41,21 @@ def agent_options(
     num_threads: int | None,
     compute_device: str | None,
     name: str | None,
+    *,
+    plain: bool,
+    plain_frames: bool = False,
 ) -> AgentOptions:
     """Checks what was typed. Raises ValueError with one line."""
     host, port = split_address(listen, default_port=DEFAULT_PORT)
+    addresses = [split_address(address, default_port=DEFAULT_PORT) for address in peers]
+    far = [f"--peer {each}" for each, _ in addresses if not each.startswith(_LOOPBACK)]
+    far += [] if host.startswith(_LOOPBACK) else [f"--listen {listen}"]
+    if far and not plain:
+        raise ValueError(
+            f"{far[0]}: agents that meet by address prove nothing about who they are, and what they say can be read. Make "
+            "the devices one cluster (`shoal up`, then `shoal invite` on one and `shoal join` on the others), or add "
+            "--plain on a network you trust"
+        )
     for folder in models:
         if not folder.is_dir():
             raise ValueError(f"--models {folder}: no such folder")
@@ -50,11 +63,12 @@ def agent_options(
         host=host,
         port=port,
         name=name or default_name(),
-        peers=[split_address(address, default_port=DEFAULT_PORT) for address in peers],
+        peers=addresses,
         model_folders=[folder.resolve() for folder in models],
         memory_limit_bytes=parse_bytes(memory) if memory else None,
         num_threads=num_threads,
         compute_device=compute_device,
+        has_plain_frames=plain_frames,
     )
 
 
@@ -108,8 +122,8 @@ def up(options: AgentOptions, members: MemberOptions | None, *, as_json: bool, u
     asyncio.run(_serve(options, members, as_json=as_json, until_eof=until_eof))
 
 
-def _start_links(members: MemberOptions, agent: str, on_end: Callable[[], object]) -> Interpreter:
-    """The device's links to members, on a thread of their own.
+def _start_links(members: MemberOptions, agent: Agent, address: str, on_end: Callable[[], object]) -> Interpreter:
+    """The device's links to members, on a thread of their own; the agent works with them from then on.
 
     Raises:
         AddressInUse, DeviceError, CannotWrite: why they cannot be.
@@ -121,9 +135,10 @@ def _start_links(members: MemberOptions, agent: str, on_end: Callable[[], object
         state.close()
         raise
     OwnerDesk(node)
+    agent.cluster = Neighbours(node, on_agent=agent.take_member, on_removed=agent.part_from)
     host = members.node.listen[0] if members.node.listen else "127.0.0.1"
     try:
-        state.announce_agent(join_address(_REACHED.get(host, host), node.port), agent)
+        state.announce_agent(join_address(_REACHED.get(host, host), node.port), address)
     except BaseException:
         node.stop()
         raise
@@ -141,7 +156,7 @@ async def _serve(options: AgentOptions, members: MemberOptions | None, *, as_jso
     if members is not None:
         address = join_address(_REACHED.get(options.host, options.host), agent.port)
         try:
-            node = _start_links(members, address, lambda: loop.call_soon_threadsafe(ended.set))
+            node = _start_links(members, agent, address, lambda: loop.call_soon_threadsafe(ended.set))
         except ShoalError as error:
             if not members.is_optional:
                 await agent.stop()
@@ -189,8 +204,7 @@ def _announce(options: AgentOptions, port: int, node: Interpreter | None, proble
         console.print(f"shoal may take {format_bytes(options.memory_limit_bytes)} here")
     if not options.host.startswith(_LOOPBACK):
         console.print(
-            "[yellow]warning:[/] links are not authenticated or encrypted yet: whoever reaches this address can use this "
-            "device and read what passes. Listen only on a network you trust."
+            "[yellow]plain:[/] whoever reaches this address can use this device, and read what it says to other agents"
         )
     for host, peer_port in options.peers:
         console.print(f"peer {host}:{peer_port}")

@@ -181,6 +181,13 @@ def measure_read_rate(path: Path, *, seconds: float = 0.15) -> float:
         file.close()
 
 
+def read_mode(path: Path) -> str:
+    """How `UncachedFile` reads this file."""
+    file = UncachedFile(path)
+    file.close()
+    return file.mode
+
+
 def ring_bytes_min(model: Model) -> int:
     """The least memory through which any of a model's matrices can be streamed: one run is computed, the next is read."""
     (names,) = matrix_names(model, [LayerRange(0, model.shape.num_layers)], head=True)

@@ -240,6 +240,8 @@ class Lab:
             "TMPDIR": str(self.device_folder(name) / "tmp"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "SHOAL_NAME": name,
+            # Devices of a lab name each other by address, on a network that is the lab's own.
+            "SHOAL_PLAIN": "1",
         }
         return own | {key: self.expand(name, value) for key, value in device.environment.items()}
 

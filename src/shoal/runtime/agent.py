@@ -11,11 +11,12 @@ import contextlib
 import os
 import platform
 import secrets
+import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import psutil
@@ -30,7 +31,7 @@ from shoal.errors import (
     ShoalError,
     WorkerLost,
 )
-from shoal.ids import DeviceId, EngineId, ModelHash
+from shoal.ids import DeviceId, EngineId, ModelHash, NodeId
 from shoal.runtime.channel import Channel, check_hello, connect, hello
 from shoal.runtime.deployment import LOAD_TIMEOUT_S, Engine, LeasedMember, OwnMember, deploy
 from shoal.runtime.errors_by_name import failure
@@ -62,10 +63,12 @@ from shoal.runtime.messages import (
     UnloadModel,
 )
 from shoal.runtime.model_store import ModelStore
+from shoal.runtime.node.neighbours import Neighbour
 from shoal.runtime.profile import num_physical_cores, usable_memory_bytes
 from shoal.runtime.text_workers import TextWorkers
 from shoal.runtime.worker_process import WorkerProcess
 from shoal.transport.link import listen
+from shoal.transport.secure import TrustStore
 
 GREETING_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 5.0
@@ -94,6 +97,18 @@ class AgentOptions:
     memory_limit_bytes: int | None = None
     num_threads: int | None = None
     compute_device: str | None = None
+    has_plain_frames: bool = False
+    """Whether what goes round rings may pass as it is, though its devices could encrypt it: on a wire the owner trusts."""
+
+
+class Cluster(Protocol):
+    """The members of this device's cluster (`node/neighbours.py`)."""
+
+    async def here(self) -> list[Neighbour]:
+        """All others that are here."""
+
+    async def connect(self, neighbour: Neighbour) -> Channel:
+        """To its agent, both ends proven. Raises DeviceUnreachable or DeviceRefused."""
 
 
 @dataclass
@@ -116,6 +131,10 @@ class Agent:
         self._counters = _Counters()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._proven: dict[NodeId, set[Channel]] = {}
+        """Conversations with members, to be cut off when one is removed."""
+        self.cluster: Cluster | None = None
+        """Set by whoever starts the links to members."""
         self.port = options.port
 
     async def start(self) -> None:
@@ -136,18 +155,63 @@ class Agent:
 
     # ---- conversations
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def take_member(self, sock: socket.socket, trust: TrustStore) -> None:
+        """Another member's agent, as it says, has dialled the door of the control links; TLS is next."""
+        self._keep(self._secure(sock, trust))
+
+    def part_from(self, node: NodeId) -> None:
+        """It is no member any more: what it lends and what it borrows ends."""
+        for channel in list(self._proven.get(node, ())):
+            channel.abort()
+
+    async def _secure(self, sock: socket.socket, trust: TrustStore) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._welcome(reader, writer, node=trust.peer_of(writer.get_extra_info("ssl_object")))
+
+        protocol = asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=MESSAGE_BYTES_MAX), converse)
+        try:
+            await loop.connect_accepted_socket(
+                lambda: protocol,
+                sock,
+                ssl=trust.context(server_side=True),
+                ssl_handshake_timeout=GREETING_TIMEOUT_S,
+            )
+        except (OSError, TimeoutError):
+            self._counters.refused_frames += 1
+            sock.close()
+
+    @contextlib.contextmanager
+    def _known(self, channel: Channel) -> Iterator[None]:
+        """While it is a conversation with a member, it ends when that member is removed."""
+        if channel.node is None:
+            yield
+            return
+        channels = self._proven.setdefault(channel.node, set())
+        channels.add(channel)
+        try:
+            yield
+        finally:
+            channels.discard(channel)
+            if not channels:
+                self._proven.pop(channel.node, None)
+
+    async def _welcome(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, node: NodeId | None = None
+    ) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         address = writer.get_extra_info("peername")
-        channel = Channel(reader, writer, peer=f"{address[0]}:{address[1]}" if address else "a client")
+        channel = Channel(reader, writer, peer=f"{address[0]}:{address[1]}" if address else "a client", node=node)
         try:
             if len(self._tasks) > CONNECTIONS_MAX:
                 raise DeviceRefused(f"{CONNECTIONS_MAX} connections are open: close some, then try again")
             await channel.send(hello())
             check_hello(await channel.expect(Hello, timeout_s=GREETING_TIMEOUT_S), peer=channel.peer)
-            await self._converse(channel)
+            with self._known(channel):
+                await self._converse(channel)
         except RemoteProtocolError as error:
             self._counters.refused_frames += 1
             await _try_send(channel.send, failure(error))
@@ -241,13 +305,18 @@ class Agent:
 
     async def _status(self) -> Status:
         own = DeviceStatus(f"{self._options.host}:{self.port}", 0.0, await self._survey(None))
-        others = await asyncio.gather(*(self._ask_peer(host, port) for host, port in self._options.peers))
+        others = await asyncio.gather(
+            *(self._ask_peer(f"{host}:{port}", connect(host, port)) for host, port in self._options.peers),
+            *(self._ask_peer(_where(each), self.cluster.connect(each)) for each in await self._neighbours() if self.cluster),
+        )
         return Status([own, *others])
 
-    async def _ask_peer(self, host: str, port: int) -> DeviceStatus:
-        address = f"{host}:{port}"
+    async def _neighbours(self) -> list[Neighbour]:
+        return await self.cluster.here() if self.cluster is not None else []
+
+    async def _ask_peer(self, address: str, connecting: Awaitable[Channel]) -> DeviceStatus:
         try:
-            channel = await connect(host, port)
+            channel = await connecting
         except ShoalError as error:
             return DeviceStatus(address, None, None, str(error))
         try:
@@ -316,6 +385,7 @@ class Agent:
             options,
             num_threads=options.num_threads or self._options.num_threads,
             compute_device=options.compute_device or self._options.compute_device,
+            encrypts=False if self._options.has_plain_frames else options.encrypts,
         )
         memory_bytes = {self._device: usable_memory_bytes(self._options.memory_limit_bytes)}
         others: list[LeasedMember] = []
@@ -323,16 +393,17 @@ class Agent:
         try:
             for host, port in self._options.peers:
                 await report(Progress(f"calling {host}:{port}"))
-                member, usable_bytes = await _lease_from(host, port, model, path)
+                member, usable_bytes = await _lease_from(connect(host, port), model, path)
                 others.append(member)
                 if member.device in memory_bytes:
                     raise DeviceRefused(f"two devices call themselves {member.device}: start one with another --name")
                 memory_bytes[member.device] = usable_bytes
+            left_out = await self._lease_from_members(model, path, report, others, memory_bytes)
             worker = await WorkerProcess.start()
         except BaseException:
             await asyncio.gather(*(member.release() for member in others))
             raise
-        own = _OwnMember(self._device, self._options.host, worker, path)
+        own = _OwnMember(self._device, self._ring_host(others), worker, path)
         return await deploy(
             [own, *others],
             own,
@@ -341,8 +412,53 @@ class Agent:
             options=options,
             memory_bytes=memory_bytes,
             may_stream=may_stream,
+            left_out=left_out,
             report=report,
         )
+
+    async def _lease_from_members(
+        self,
+        model: ModelFile,
+        path: Path,
+        report: Any,
+        others: list[LeasedMember],
+        memory_bytes: dict[DeviceId, int],
+    ) -> list[tuple[DeviceId, str]]:
+        """Adds everybody in the cluster who is here and has the model. Returns who is left out, and why."""
+        cluster, neighbours = self.cluster, await self._neighbours()
+        if cluster is None or not neighbours:
+            return []
+        await report(Progress(f"calling {', '.join(neighbour.name for neighbour in neighbours)}"))
+        leases = await asyncio.gather(
+            *(_lease_from(cluster.connect(neighbour), model, path) for neighbour in neighbours), return_exceptions=True
+        )
+        left_out: list[tuple[DeviceId, str]] = []
+        failure: BaseException | None = None
+        for neighbour, lease in zip(neighbours, leases, strict=True):
+            if isinstance(lease, ShoalError):
+                left_out.append((DeviceId(neighbour.name), str(lease)))
+            elif isinstance(lease, BaseException):
+                failure = lease
+            else:
+                member, usable_bytes = lease
+                if member.device in memory_bytes:
+                    member.device = DeviceId(f"{member.device}-{neighbour.node[:4]}")
+                others.append(member)
+                memory_bytes[member.device] = usable_bytes
+                self._keep(self._hold(member))
+        if failure is not None:
+            raise failure
+        return left_out
+
+    async def _hold(self, member: LeasedMember) -> None:
+        """As long as a lease lasts, the member's removal ends it."""
+        with self._known(member.channel):
+            await member.channel.wait_closed()
+
+    def _ring_host(self, others: Sequence[LeasedMember]) -> str:
+        """Where the ring's last stage reaches this device: all addresses, where not all reach it at the same."""
+        hosts = {member.head_host for member in others}
+        return hosts.pop() if len(hosts) == 1 else ("0.0.0.0" if hosts else self._options.host)
 
     # ---- as another's member
 
@@ -359,7 +475,8 @@ class Agent:
                 model_path=str(path),
                 num_threads=self._options.num_threads or start.num_threads,
                 compute_device=self._options.compute_device,
-                ring_host=self._options.host,
+                ring_host=channel.own_host or self._options.host,
+                encrypts=start.encrypts or (channel.node is not None and not self._options.has_plain_frames),
             )
             await worker.send(own_start)
             await _relay(channel, worker)
@@ -381,21 +498,22 @@ class _OwnMember(OwnMember):
         return await super().ask(message, kind, timeout_s=timeout_s)
 
 
-async def _lease_from(host: str, port: int, model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
+async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
     """Connects to a peer and makes sure that it has the model.
 
     Raises:
         DeviceUnreachable: no answer.
         ModelNotFound: with the command that copies the file there.
     """
-    channel = await connect(host, port)
+    channel = await connecting
+    host = channel.peer_host
     try:
         await channel.send(AskSurvey(model))
         # A peer that has not seen its files before hashes them now.
         survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
         if not survey.has_model:
             raise ModelNotFound(
-                f"device {survey.device} ({host}:{port}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
+                f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
         round_trip_s = await channel.round_trip_s()
@@ -434,6 +552,10 @@ async def _relay(channel: Channel, worker: WorkerProcess) -> None:
 async def _try_send(send: Send, message: Message) -> None:
     with contextlib.suppress(LinkClosed):
         await send(message)
+
+
+def _where(neighbour: Neighbour) -> str:
+    return neighbour.addresses[0] if neighbour.addresses else neighbour.name
 
 
 def _engine_key(model: ModelFile, options: EngineOptions) -> tuple[ModelHash, bytes]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 
 from shoal import __version__
 from shoal.errors import DeviceRefused, DeviceUnreachable, LinkClosed, RemoteProtocolError, ShoalError, WorkerLost
+from shoal.ids import NodeId
 from shoal.runtime import errors_by_name
 from shoal.runtime.messages import (
     CONTROL_PROTOCOL,
@@ -25,6 +29,8 @@ from shoal.runtime.messages import (
     decode,
     encode,
 )
+from shoal.transport.control import AS_AGENT, PREFACE_MAGIC
+from shoal.transport.secure import TrustStore, explain
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
@@ -36,12 +42,28 @@ Answer = TypeVar("Answer", bound=Message)
 class Channel:
     """Messages over a stream. Not for two readers at a time."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, peer: str) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, peer: str, node: NodeId | None = None
+    ) -> None:
         self._reader = reader
         self._writer = writer
+        self.node = node
+        """The member at the other end, where its key was proven."""
         self._size: int | None = None
         """Of the message whose head has been read; whoever stops waiting for the rest leaves it to the next reader."""
         self.peer = peer
+
+    @property
+    def peer_host(self) -> str:
+        """Where the other side was reached, or came from."""
+        address = self._writer.get_extra_info("peername")
+        return str(address[0]) if address else ""
+
+    @property
+    def own_host(self) -> str:
+        """Where the other side reaches this device."""
+        address = self._writer.get_extra_info("sockname")
+        return str(address[0]) if address else ""
 
     def interrupt(self, error: Exception) -> None:
         """Ends waiting for the next message, now and from now on, with this error."""
@@ -108,6 +130,15 @@ class Channel:
             taken.append(time.perf_counter() - started_s)
         return min(taken)
 
+    def abort(self) -> None:
+        """Cuts it off; who waits here learns of it as of a peer that is gone."""
+        self._writer.transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Returns once the connection has ended, at either end."""
+        with contextlib.suppress(ConnectionError, OSError):
+            await self._writer.wait_closed()
+
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(ConnectionError, OSError):
@@ -156,14 +187,74 @@ async def connect(host: str, port: int) -> Channel:
     except (OSError, TimeoutError) as error:
         reason = "timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error))
         raise DeviceUnreachable(f"no shoal answers at {peer} ({reason}): start one there with `shoal up`") from error
-    channel = Channel(reader, writer, peer=peer)
+    return await _greeted(Channel(reader, writer, peer=peer))
+
+
+async def connect_member(node: NodeId, addresses: Sequence[str], trust: TrustStore, *, default_port: int) -> Channel:
+    """Opens a control connection to the agent of a member, at the first address that answers; both ends are proven.
+
+    Raises:
+        DeviceUnreachable: nobody answers, or another device than `node`.
+        DeviceRefused: another version of shoal.
+    """
+    problem = "no address of it is known: it only dials out"
+    for address in addresses:
+        sock: socket.socket | None = None
+        try:
+            host, port = split_address(address, default_port=default_port)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                sock = await _dial_agent(host, port)
+                reader, writer = await asyncio.open_connection(
+                    sock=sock,
+                    ssl=trust.context(server_side=False),
+                    server_hostname="",
+                    limit=MESSAGE_BYTES_MAX,
+                )
+        except (OSError, TimeoutError, ValueError) as error:
+            if sock is not None:
+                sock.close()
+            problem = f"{address}: {'timed out' if isinstance(error, TimeoutError) else explain_error(error)}"
+            continue
+        found = trust.peer_of(writer.get_extra_info("ssl_object"))
+        channel = Channel(reader, writer, peer=address, node=found)
+        if found == node:
+            return await _greeted(channel)
+        await channel.close()
+        problem = f"{address}: device {found[:8]} answers where {node[:8]} is expected"
+    raise DeviceUnreachable(f"member {node[:8]} cannot be reached ({problem})")
+
+
+async def _dial_agent(host: str, port: int) -> socket.socket:
+    """A connection whose other end is told that an agent comes; TLS is next."""
+    loop = asyncio.get_running_loop()
+    family, _, _, _, place = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, place)
+        await loop.sock_sendall(sock, PREFACE_MAGIC + AS_AGENT)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _greeted(channel: Channel) -> Channel:
+    """The channel once both sides have said which shoal they are. Raises DeviceUnreachable or DeviceRefused."""
     try:
         await channel.send(hello())
-        check_hello(await channel.expect(Hello), peer=peer)
+        check_hello(await channel.expect(Hello), peer=channel.peer)
     except RemoteProtocolError as error:
         await channel.close()
-        raise DeviceUnreachable(f"what answers at {peer} is no shoal: {error}") from error
+        raise DeviceUnreachable(f"what answers at {channel.peer} is no shoal: {error}") from error
     except ShoalError:
         await channel.close()
         raise
     return channel
+
+
+def explain_error(error: Exception) -> str:
+    """Why a connection did not come about, in words."""
+    if isinstance(error, ssl.SSLError):
+        return str(explain(error))
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -12,6 +12,8 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from shoal.errors import DeviceError, DeviceRefused, LinkClosed, RequestError, WorkerLost
 from shoal.ids import DeviceId, EngineId, ModelHash
 from shoal.placement.contiguous import place_by_hand, place_layers
@@ -68,6 +70,10 @@ class Member(Protocol):
     host: str
     round_trip_s: float
     """Between the head and it."""
+    is_proven: bool
+    """Whether it is known to be the member that it says it is."""
+    head_host: str
+    """Where it reaches the head."""
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
         """Sends `message` and returns the answer. Raises what the member raised, or DeviceError when it is lost."""
@@ -85,13 +91,15 @@ class LeasedMember:
     def __init__(self, device: DeviceId, host: str, channel: Channel, *, round_trip_s: float) -> None:
         self.device = device
         self.host = host
+        self.head_host = channel.own_host
+        self.is_proven = channel.node is not None
         self.round_trip_s = round_trip_s
-        self._channel = channel
+        self.channel = channel
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
         try:
-            await self._channel.send(message)
-            return await self._channel.expect(kind, timeout_s=timeout_s)
+            await self.channel.send(message)
+            return await self.channel.expect(kind, timeout_s=timeout_s)
         except LinkClosed as error:
             raise WorkerLost(f"device {self.device} is gone ({error})") from error
         except DeviceError as error:
@@ -99,24 +107,25 @@ class LeasedMember:
 
     async def wait_lost(self) -> str:
         try:
-            message = await self._channel.receive()
+            message = await self.channel.receive()
         except LinkClosed as error:
             return f"device {self.device} is gone ({error})"
         text = message.text if isinstance(message, (EngineLost, Failed)) else f"sent {type(message).__name__}"
         return f"device {self.device}: {text}"
 
     async def release(self) -> None:
-        await self._channel.close()
+        await self.channel.close()
 
 
 class OwnMember:
     """This device's worker. Its messages after the ring stands belong to `Engine`, so it does not wait for its end."""
 
     round_trip_s = 0.0
+    is_proven = True
 
     def __init__(self, device: DeviceId, host: str, worker: WorkerProcess) -> None:
         self.device = device
-        self.host = host
+        self.host = self.head_host = host
         self.worker = worker
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
@@ -236,6 +245,7 @@ async def deploy(
     options: EngineOptions,
     memory_bytes: dict[DeviceId, int],
     may_stream: bool,
+    left_out: Sequence[tuple[DeviceId, str]] = (),
     report: Report,
 ) -> Engine:
     """Makes an engine of these devices.
@@ -243,6 +253,7 @@ async def deploy(
     Args:
         members: the head (`own`) first, then the others in the order in which the ring visits them. On failure they are
             released here.
+        left_out: devices that were asked and do not take part, and why.
         may_stream: whether weights that do not fit are read from disk for every token; else the model is refused.
 
     Raises:
@@ -264,6 +275,7 @@ async def deploy(
                 await member.release()
         await _connect(used, stages)
         description = _describe(placement, members, reports, stages, model.hash, context)
+        description = msgspec.structs.replace(description, left_out=[*left_out, *description.left_out])
         return Engine(used, own, description)
     except BaseException:
         await asyncio.gather(*(member.release() for member in members))
@@ -279,6 +291,7 @@ async def _measure(
     report: Report,
 ) -> list[WorkerReport]:
     """One device after the other: several of them may share one machine, where they would measure each other."""
+    encrypts = all(member.is_proven for member in members) if options.encrypts is None else options.encrypts
     reports = []
     for index, member in enumerate(members):
         await report(Progress(f"measuring {member.device}", index, len(members)))
@@ -289,6 +302,7 @@ async def _measure(
             compute_device=options.compute_device,
             repack=options.repack,
             memory_bytes=memory_bytes[member.device],
+            encrypts=encrypts,
         )
         reports.append(await member.ask(start, WorkerReport, timeout_s=MEASURE_TIMEOUT_S))
     return reports
@@ -378,12 +392,25 @@ async def _load(
 async def _connect(ring: Sequence[Member], stages: Sequence[StageReady]) -> None:
     """Every stage dials the next; the last one, the head, dials the first. A head alone only gets ready."""
     holds_windows = all(stage.holds_windows for stage in stages)
+    if len({bool(stage.ring_key) for stage in stages}) > 1:
+        strict = ", ".join(member.device for member, stage in zip(ring, stages, strict=True) if stage.ring_key)
+        raise DeviceRefused(
+            f"{strict}: takes no frames that are not encrypted; leave out --plain-frames, or give it there too"
+        )
 
-    async def connect(member: Member, next_index: int) -> None:
-        message = ConnectRing(ring[next_index].host, stages[next_index].port, holds_windows)
+    async def connect(member: Member, index: int) -> None:
+        next_index = (index + 1) % len(ring)
+        following = ring[next_index]
+        message = ConnectRing(
+            next_host=member.head_host if following is ring[-1] else following.host,
+            next_port=stages[next_index].port,
+            holds_windows=holds_windows,
+            next_key=stages[next_index].ring_key,
+            previous_key=stages[index - 1].ring_key,
+        )
         await member.ask(message, RingConnected, timeout_s=CONNECT_TIMEOUT_S)
 
-    await asyncio.gather(*(connect(member, (index + 1) % len(ring)) for index, member in enumerate(ring)))
+    await asyncio.gather(*(connect(member, index) for index, member in enumerate(ring)))
 
 
 def _describe(
@@ -416,4 +443,5 @@ def _describe(
         context=context,
         left_out=[(device, reason) for device, reason in placement.left_out],
         hidden_size=reports[0].hidden_size,
+        encrypts=len(stages) > 1 and all(stage.ring_key for stage in stages),
     )

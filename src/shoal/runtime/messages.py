@@ -116,8 +116,14 @@ class StartWorker(Message, frozen=True):
     compute_device: str | None = None
     ring_host: str = ""
     repack: bool = True
+    for_plan: bool = False
+    """Measure as thoroughly as a plan deserves, which takes longer than an engine's start should."""
+    head: bool = False
+    """For a plan: time the output projection too."""
     memory_bytes: int | None = None
     """What the model may use on this device; where that is little, the worker measures the disk too."""
+    encrypts: bool = False
+    """Whether the frames of its ring shall be encrypted, and its neighbours prove who they are."""
 
 
 class WorkerReport(Message, frozen=True):
@@ -139,6 +145,14 @@ class WorkerReport(Message, frozen=True):
     """Of the model file past the page cache; 0 where it was not measured or weights cannot be streamed."""
     ring_bytes_min: int = 0
     """The least memory through which this device streams weights."""
+    batch_layer_s: float = 0.0
+    """A layer for `BATCH_TOKENS` tokens at once."""
+    output_s: float = 0.0
+    """The output projection of one token; 0 where it was not measured."""
+    read_mode: str = "direct"
+    """How this device reads past the page cache: a `ReadMode` of `placement/profile.py`."""
+    spreads: dict[str, float] = {}
+    """By field, (longest - shortest) / median of its repetitions."""
 
 
 class AssignLayers(Message, frozen=True):
@@ -173,6 +187,8 @@ class StageReady(Message, frozen=True):
     """Read from disk for every token."""
     holds_windows: bool = True
     """Whether what is streamed for one window can stay while a prompt's micro-batches pass."""
+    ring_key: bytes = b""
+    """The public key, 32 bytes, that the worker's links are proven with; none where the ring is not encrypted."""
 
 
 class ConnectRing(Message, frozen=True):
@@ -182,6 +198,9 @@ class ConnectRing(Message, frozen=True):
     next_port: int
     holds_windows: bool = True
     """Whether every stage does."""
+    next_key: bytes = b""
+    previous_key: bytes = b""
+    """What the neighbours' links are proven with."""
 
 
 class RingConnected(Message, frozen=True):
@@ -243,6 +262,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     num_threads: int | None = None
     compute_device: str | None = None
     repack: bool = True
+    encrypts: bool | None = None
+    """Whether what goes round the ring is encrypted; None: wherever the devices have proven to each other who they are."""
 
 
 class Generate(Message, frozen=True):
@@ -337,6 +358,8 @@ class EngineDescription(Message, frozen=True):
     context: int
     left_out: list[tuple[DeviceId, str]] = []
     hidden_size: int = 0
+    encrypts: bool = False
+    """Whether its devices proved to each other who they are, and what goes round is encrypted."""
 
 
 class Accepted(Message, frozen=True):

@@ -25,7 +25,7 @@ from shoal.compute.backend import Backend
 from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.model import Model, describe, matrix_names
 from shoal.compute.stage import Stage
-from shoal.compute.streaming import Streaming, measure_read_rate, ring_bytes_min, room_bytes, row_runs
+from shoal.compute.streaming import Streaming, measure_read_rate, read_mode, ring_bytes_min, room_bytes, row_runs
 from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
 from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
@@ -54,7 +54,7 @@ from shoal.runtime.messages import (
 from shoal.runtime.profile import ComputeProfile, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
-from shoal.transport.link import Inbound, Outbound, RingListener, dial
+from shoal.transport.link import Inbound, Outbound, RingKeys, RingListener, dial
 from shoal.units import MIB
 
 _FITS_SURELY_BYTES = 1024 * MIB
@@ -153,14 +153,22 @@ class Worker:
                 self._pipe.send(failure(error))
 
     def _measure(self, start: StartWorker) -> None:
-        profile = ComputeProfile(self._model, self._backend, num_threads=start.num_threads, repack=start.repack)
+        profile = ComputeProfile(
+            self._model,
+            self._backend,
+            num_threads=start.num_threads,
+            repack=start.repack,
+            for_plan=start.for_plan,
+            head=start.head,
+            memory_bytes=start.memory_bytes,
+        )
         self._threads = ThreadCounts(profile.num_threads, profile.num_threads_prefill)
-        self._layer_s = profile.layer_s
+        self._layer_s = profile.layer.seconds
         self._read_bytes_per_s = self._read_rate(start.memory_bytes)
         shape = self._model.shape
         self._pipe.send(
             WorkerReport(
-                layer_s=profile.layer_s,
+                layer_s=profile.layer.seconds,
                 num_threads=profile.num_threads,
                 num_threads_prefill=profile.num_threads_prefill,
                 runtime_bytes=own_bytes(),
@@ -174,6 +182,10 @@ class Worker:
                 compute_device=self._backend.device_name,
                 read_bytes_per_s=self._read_bytes_per_s,
                 ring_bytes_min=ring_bytes_min(self._model),
+                batch_layer_s=profile.batch_layer.seconds,
+                output_s=profile.output.seconds if profile.output else 0.0,
+                read_mode=read_mode(self._model.path) if self._read_bytes_per_s else "direct",
+                spreads=profile.spreads,
             )
         )
 
@@ -209,7 +221,9 @@ class Worker:
             prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
         )
         self._listener = None
+        self._ring_keys: RingKeys | None = None
         if assigned.num_stages > 1:
+            self._ring_keys = RingKeys() if start.encrypts else None
             self._listener = RingListener(start.ring_host, engine=self._engine, version=__version__)
         self._pipe.send(
             StageReady(
@@ -221,6 +235,7 @@ class Worker:
                 ring_bytes=stage.streamed.ring_bytes if stage.streamed else 0,
                 streamed_bytes=stage.streamed.turn_bytes if stage.streamed else 0,
                 holds_windows=stage.holds_windows,
+                ring_key=self._ring_keys.public_key if self._ring_keys else b"",
             )
         )
 
@@ -315,10 +330,22 @@ class Worker:
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
             return None, None
+        keys = self._ring_keys
+        if keys is not None and not (connect.next_key and connect.previous_key):
+            raise RemoteProtocolError("the head names no keys of this stage's neighbours, whose links are to be encrypted")
         # Everyone dials and is dialled at once: whoever did one after the other would wait for all the others.
         with ThreadPoolExecutor(1) as pool:
-            accepting = pool.submit(self._listener.accept, timeout_s=_RING_TIMEOUT_S)
-            sock = dial(connect.next_host, connect.next_port, engine=self._engine, version=__version__)
+            accepting = pool.submit(
+                self._listener.accept, timeout_s=_RING_TIMEOUT_S, keys=keys, previous_key=connect.previous_key
+            )
+            sock = dial(
+                connect.next_host,
+                connect.next_port,
+                engine=self._engine,
+                version=__version__,
+                keys=keys,
+                next_key=connect.next_key,
+            )
             inbound = accepting.result()
         self._listener.close()
         shape = frame_shape(self._stage, assigned.num_stages)

@@ -5,6 +5,7 @@ Before TLS the one who dialled says in what capacity it comes:
     b"shoal" version(1) b"M"                    a member, as it thinks: it must be in the other's roster
     b"shoal" version(1) b"S" public key(32)     a stranger: a joiner, or a member that is not known there yet
     b"shoal" version(1) b"P"                    a member that measures the way here (`probe.py`): no control link at all
+    b"shoal" version(1) b"A"                    a member's agent, for the agent here: neither
 
 Either way both ends prove their keys (TLS 1.3); a stranger's is trusted for its own handshake only. Then frames:
 
@@ -34,7 +35,7 @@ from shoal.transport.secure import TrustStore, Unlisted, explain
 VERSION = 1
 PREFACE_MAGIC = b"shoal" + bytes([VERSION])
 _PREFACE_BYTES = len(PREFACE_MAGIC) + 1
-AS_MEMBER, AS_STRANGER, AS_PROBE = b"M", b"S", b"P"
+AS_MEMBER, AS_STRANGER, AS_PROBE, AS_AGENT = b"M", b"S", b"P", b"A"
 HEAD = struct.Struct(">IB")
 FRAME_BYTES_MAX = 4 << 20
 """Of a member: the keys of the largest roster are 1.9 MB."""
@@ -94,7 +95,9 @@ class ControlLink:
         self.is_dialled = is_dialled
         self.address = address
         self.peer: NodeId | None = None
-        self.is_stranger = self.is_probe = False
+        self.is_stranger = False
+        self.errand = b""
+        """What a member comes for that is no control link: `AS_PROBE` or `AS_AGENT`."""
         self.stage = Stage.CONNECTING if is_dialled else Stage.PREFACE
         self.wants_write = is_dialled
         self.num_dropped = 0
@@ -209,8 +212,8 @@ class ControlLink:
             self.claimed_key = bytes(self._preface[_PREFACE_BYTES:])
             if len(self.claimed_key) < PUBLIC_KEY_BYTES:
                 return self.read_preface() if len(self._preface) == _PREFACE_BYTES else False
-        elif capacity == AS_PROBE:
-            self.is_probe = True
+        elif capacity in (AS_PROBE, AS_AGENT):
+            self.errand = capacity
         elif capacity != AS_MEMBER:
             self.close()
             raise RemoteProtocolError(f"{self.address} comes neither as a member nor as a stranger")

@@ -1,4 +1,4 @@
-"""Links of the ring: blocking TCP sockets, each used in one direction.
+"""Links of the ring: blocking TCP sockets, each used in one direction, TLS inside where its ends have keys (`RingKeys`).
 
 The token path reads into one preallocated buffer and sends header and payload from another with a single `sendall`.
 A frame that a socket's buffer surely takes is sent by the thread that made it, because handing it over would cost a
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, RemoteProtocolError
+from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, PeerNotTrusted, RemoteProtocolError
 from shoal.ids import EngineId
 from shoal.transport.framing import (
     HEADER,
@@ -30,6 +30,8 @@ from shoal.transport.framing import (
     pack_header,
     unpack_header,
 )
+from shoal.transport.identity import DeviceKeys, identify
+from shoal.transport.secure import TrustStore
 
 INLINE_BYTES_MAX = 64 * 1024
 """Frames up to this size are sent at once: a socket buffer of the usual 200 kB and more takes them without blocking."""
@@ -38,6 +40,30 @@ DIAL_TIMEOUT_S = 5.0
 _SENDER_END_S = 1.0
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class RingKeys:
+    """What one stage proves itself with to its neighbours, and they to it: a key pair for one engine.
+
+    Its public half goes to the head over the agents' own link, and from there to both neighbours. So whoever may hold a
+    lease may be in its ring, nobody else, and workers need no device's own key.
+    """
+
+    def __init__(self) -> None:
+        self._keys = DeviceKeys.generate()
+
+    @property
+    def public_key(self) -> bytes:
+        return self._keys.public_key
+
+    def accept(self, sock: socket.socket, previous_key: bytes) -> socket.socket:
+        """Raises PeerNotTrusted where the dialler is not the previous stage, LinkClosed where it is gone."""
+        secured, _ = TrustStore(self._keys, [previous_key]).accept(sock)
+        return secured
+
+    def dial(self, sock: socket.socket, next_key: bytes) -> socket.socket:
+        """Raises PeerNotTrusted where the next stage is another, LinkClosed where it is gone."""
+        return TrustStore(self._keys, [next_key]).dial(sock, identify(next_key))
 
 
 class FrameShape(NamedTuple):
@@ -202,7 +228,10 @@ class Outbound:
 
     def _send(self, frame: Frame) -> None:
         try:
-            self._socket.sendall(frame.buffer[: frame.num_bytes])
+            rest = frame.buffer[: frame.num_bytes]
+            # With TLS, `sendall` is a loop in Python with more to it; a decode step leaves in one call.
+            while (sent := self._socket.send(rest)) < len(rest):
+                rest = rest[sent:]
         except OSError as error:
             raise LinkClosed(f"the next device in the ring is gone ({error})") from error
         self.bytes_sent += frame.num_bytes
@@ -239,8 +268,8 @@ class RingListener:
         self.port: int = self._listener.getsockname()[1]
         self.num_refused = 0
 
-    def accept(self, *, timeout_s: float) -> Inbound:
-        """Waits for the one peer that belongs here.
+    def accept(self, *, timeout_s: float, keys: RingKeys | None = None, previous_key: bytes = b"") -> Inbound:
+        """Waits for the one peer that belongs here: with `keys`, the one that holds the private half of `previous_key`.
 
         Raises:
             DeviceUnreachable: nobody came in time.
@@ -254,8 +283,10 @@ class RingListener:
                 break
             try:
                 sock.settimeout(min(HELLO_TIMEOUT_S, remaining_s))
+                if keys is not None:
+                    sock = keys.accept(sock, previous_key)
                 self._greet(sock)
-            except (RemoteProtocolError, OSError, LinkClosed):
+            except (RemoteProtocolError, PeerNotTrusted, OSError, LinkClosed):
                 self.num_refused += 1
                 _close(sock)
                 continue
@@ -275,11 +306,14 @@ class RingListener:
         _close(self._listener)
 
 
-def dial(host: str, port: int, *, engine: EngineId, version: str) -> socket.socket:
-    """Connects to the next stage and greets it.
+def dial(
+    host: str, port: int, *, engine: EngineId, version: str, keys: RingKeys | None = None, next_key: bytes = b""
+) -> socket.socket:
+    """Connects to the next stage and greets it; with `keys`, only the one that holds the private half of `next_key`.
 
     Raises:
         DeviceUnreachable: no answer there.
+        PeerNotTrusted: another one answers there.
         RemoteProtocolError: it answered, but not as the stage of this engine; the text says why.
     """
     try:
@@ -287,6 +321,8 @@ def dial(host: str, port: int, *, engine: EngineId, version: str) -> socket.sock
     except OSError as error:
         raise DeviceUnreachable(f"no worker answers at {host}:{port} ({error})") from error
     try:
+        if keys is not None:
+            sock = keys.dial(sock, next_key)
         _send_small(sock, FrameKind.HELLO, engine, version)
         header, text = _receive_small(sock)
     except (OSError, LinkClosed) as error:

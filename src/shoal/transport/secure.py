@@ -111,7 +111,11 @@ class TrustStore:
     def __len__(self) -> int:
         return len(self._anchors)
 
-    def peer_of(self, secured: ssl.SSLSocket) -> NodeId:
+    def context(self, *, server_side: bool) -> ssl.SSLContext:
+        """For those who leave TLS to a library (asyncio): it lets members through, and `peer_of` says which it was."""
+        return self._server if server_side else self._client
+
+    def peer_of(self, secured: ssl.SSLSocket | ssl.SSLObject) -> NodeId:
         """Who is at the other end, once the handshake is done."""
         return self._anchors[_certificate(secured)]
 
@@ -311,13 +315,16 @@ def _load_key(context: ssl.SSLContext, keys: DeviceKeys) -> None:
 def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: bool, timeout_s: float) -> ssl.SSLSocket:
     limit_s = sock.gettimeout()
     sock.settimeout(timeout_s)
+    opened: socket.socket = sock
     try:
-        secured = context.wrap_socket(sock, server_side=server_side)
+        # In two steps: where the other side has left by now, the first makes an object that is still to be closed.
+        opened = secured = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        secured.do_handshake()
     except TimeoutError as error:
-        sock.close()
+        opened.close()
         raise LinkClosed(f"the peer did not finish its greeting within {timeout_s:g} s") from error
     except OSError as error:  # and every error of TLS
-        sock.close()
+        opened.close()
         raise explain(error) from error
     secured.settimeout(limit_s)
     if isinstance(secured, TwoWaySocket):
@@ -325,7 +332,7 @@ def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: boo
     return secured
 
 
-def _certificate(secured: ssl.SSLSocket) -> bytes:
+def _certificate(secured: ssl.SSLSocket | ssl.SSLObject) -> bytes:
     certificate = secured.getpeercert(binary_form=True)
     assert certificate is not None, "the context asks for one"
     return certificate

@@ -67,7 +67,7 @@ from shoal.runtime.node.addresses import advertised
 from shoal.runtime.node.links import DEFAULT_PORT, Links, message_frame
 from shoal.runtime.node.probes import Probes
 from shoal.runtime.node.state import DeviceState
-from shoal.transport.control import ControlLink, FrameKind
+from shoal.transport.control import AS_PROBE, ControlLink, FrameKind
 from shoal.transport.link import listen
 from shoal.transport.probe import Probe
 from shoal.transport.secure import TrustStore
@@ -149,7 +149,9 @@ class Interpreter:
         self.options = options
         self.desk: Desk | None = None
         """Where the owner's wishes are heard; set before the start."""
-        self._on_fact = on_fact
+        self.on_agent: Callable[[socket.socket, TrustStore], None] | None = None
+        """Takes connections of members' agents, whose TLS is still to come; must not block. Set before the start."""
+        self.on_fact = on_fact
         self._on_end = on_end
         self.failure: BaseException | None = None
         """What ended it, where that was no order."""
@@ -317,8 +319,13 @@ class Interpreter:
         if self.desk is not None:
             self.desk.contact_failed(peer, text)
 
-    def probe_came(self, sock: socket.socket, trust: TrustStore) -> None:
-        self.probes.take(sock, trust)
+    def visitor_came(self, errand: bytes, sock: socket.socket, trust: TrustStore) -> None:
+        if errand == AS_PROBE:
+            self.probes.take(sock, trust)
+        elif self.on_agent is not None:
+            self.on_agent(sock, trust)
+        else:
+            sock.close()
 
     # ---- a life of the core
 
@@ -428,8 +435,8 @@ class Interpreter:
             del self.facts[:-_FACTS_MAX]
         if self.desk is not None:
             self.desk.learn(fact)
-        if self._on_fact is not None:
-            self._on_fact(fact)
+        if self.on_fact is not None:
+            self.on_fact(fact)
 
     def _note_leader(self, fact: LeaderChanged) -> None:
         before = bool(self._led)

@@ -79,8 +79,8 @@ class Listener(Protocol):
     def contact_failed(self, peer: NodeId, text: str) -> None:
         """The device that a token names cannot be reached; no more attempts are made."""
 
-    def probe_came(self, sock: socket.socket, trust: TrustStore) -> None:
-        """Somebody comes to measure the way here; the connection is the listener's now."""
+    def visitor_came(self, errand: bytes, sock: socket.socket, trust: TrustStore) -> None:
+        """Somebody comes for `AS_PROBE` or `AS_AGENT`, and is still to prove who it is; the socket is the listener's now."""
 
     def post(self, act: Callable[[], None]) -> None:
         """Has `act` called on the links' thread."""
@@ -438,7 +438,7 @@ class Links:
     def _begin(self, held: _Held) -> None:
         link = held.link
         trust = self._trust
-        if link.is_probe:
+        if link.errand:
             self._give_away(held)
             return
         if link.is_stranger:
@@ -458,11 +458,11 @@ class Links:
         link.begin_handshake(trust)
 
     def _give_away(self, held: _Held) -> None:
-        """A connection that only measures is no concern of this thread."""
+        """A connection that is no control link is no concern of this thread."""
         self._unregister(held)
         self._held.pop(held.link, None)
         self._half_open.pop(held, None)
-        self._listener.probe_came(held.link.socket, self._trust)
+        self._listener.visitor_came(held.link.errand, held.link.socket, self._trust)
 
     def _may_come_in(self) -> bool:
         now_s = self._clock()

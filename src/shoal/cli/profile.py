@@ -1,0 +1,63 @@
+"""`shoal profile`: what each device of a cluster measures of itself with a model, which is what plans rest on."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, ask_cluster, model_profile
+from shoal.placement.profile import BATCH_TOKENS, DeviceProfile
+from shoal.runtime.model_store import ModelStore
+from shoal.units import format_bytes, format_seconds
+
+
+def profile(model: str, *, agent: str | None, own_agent: list[str], model_folders: list[Path], as_json: bool) -> None:
+    """Measures and prints.
+
+    Raises:
+        ModelNotFound: a device lacks the model.
+        DeviceUnreachable: a device does not answer.
+    """
+    store = ModelStore(model_folders)
+    path = store.resolve(model)
+    shape = model_profile(path, context=None)
+    measured = asyncio.run(
+        ask_cluster(store, path, shape, agent=agent, own_agent=own_agent, link_bytes_per_s=LINK_BYTES_PER_S_DEFAULT)
+    )
+    if as_json:
+        print(msgspec.json.encode(measured).decode())  # noqa: T201
+    else:
+        _print(measured)
+
+
+def _print(measured: Measured) -> None:
+    console = Console()
+    table = Table("device", "system", "memory", "a layer", f"{BATCH_TOKENS} tokens", "output projection", "disk", box=None)
+    for index, device in enumerate(measured.cluster.devices):
+        table.add_row(*_row(device, is_head=index == 0))
+    console.print(table)
+    for link in measured.cluster.links:
+        console.print(f"{link.source} to {link.target}: round trip {format_seconds(link.round_trip_s)}", highlight=False)
+    for assumption in measured.assumed:
+        console.print(f"assumed: {assumption}", highlight=False)
+
+
+def _row(device: DeviceProfile, *, is_head: bool) -> list[str]:
+    def timed(name: str, seconds: float) -> str:
+        """With the spread: the longest less the shortest, against the median."""
+        return f"{format_seconds(seconds)} (spread {device.spreads[name]:.0%})" if name in device.spreads else "-"
+
+    times, disk = device.times, device.disk
+    return [
+        device.id + (" (head)" if is_head else ""),
+        device.system,
+        format_bytes(device.memory_bytes),
+        timed("layer_s", times.layer_s),
+        timed("batch_layer_s", times.batch_layer_s),
+        timed("output_s", times.output_s),
+        f"{format_bytes(int(disk.read_bytes_per_s))}/s, {disk.mode}" if disk else "not needed",
+    ]

@@ -1,0 +1,119 @@
+"""Members of one cluster answer together, over links that prove who is at their other end; whoever is removed is out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+
+from shoal.cli.client import OwnAgent
+from shoal.cli.demo import demo_model
+from shoal.cli.run import Answer, ask
+from shoal.errors import WorkerLost
+from shoal.runtime.node.owner import (
+    Done,
+    Invitation,
+    JoinCluster,
+    Joined,
+    MakeInvitation,
+    OwnerLink,
+    RemoveDevice,
+)
+from shoal.runtime.node.state import find_agent
+from shoal.transport.control import AS_AGENT, PREFACE_MAGIC
+from shoal.transport.identity import DeviceKeys
+from shoal.transport.secure import TrustStore
+from tests.runtime.cluster import request
+
+NAMES = ("first", "second", "third")
+
+
+def _ask_owner(state: Path, message: object, kind: type) -> object:
+    with OwnerLink(state) as owner:
+        return owner.ask(message, kind)  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def members(folder: Path, models: dict[str, Path]) -> AsyncGenerator[dict[str, OwnAgent], None]:
+    """Agents that have joined one cluster, by name."""
+    async with contextlib.AsyncExitStack() as stack:
+        agents = {}
+        for name, own in models.items():
+            arguments = [f"--name={name}", f"--state={folder / name}", "--members=127.0.0.1:0", f"--models={own}"]
+            agents[name] = agent = await OwnAgent.start(arguments)
+            stack.push_async_callback(agent.stop)
+        made = await asyncio.to_thread(_ask_owner, folder / "first", MakeInvitation(9, 600.0), Invitation)
+        assert isinstance(made, Invitation)
+        for name in list(models)[1:]:
+            await asyncio.to_thread(_ask_owner, folder / name, JoinCluster(made.token), Joined)
+        yield agents
+
+
+async def answer(agent: OwnAgent, *, tokens: int = 12, within_s: float = 10.0, num_stages: int = 0) -> Answer:
+    """Asks until so many devices take part: a device that has just joined is trusted a moment later."""
+    give_up_s = asyncio.get_running_loop().time() + within_s
+    while True:
+        found = await ask(agent.address, request(demo_model(), tokens=tokens), show=lambda _: None, status=lambda _: None)
+        if len(found.engine.stages) == num_stages or asyncio.get_running_loop().time() > give_up_s:
+            return found
+        await asyncio.sleep(0.3)
+
+
+@pytest.mark.slow
+def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with members(tmp_path, dict.fromkeys(NAMES, demo_model().parent)) as agents:
+            # Those whom the first member told of each other need a moment more.
+            await asyncio.sleep(1.0)
+            together = await answer(agents["first"], num_stages=3)
+            assert {stage.device for stage in together.engine.stages} == set(NAMES)
+            assert together.engine.encrypts
+
+            long = asyncio.create_task(answer(agents["first"], tokens=1500, num_stages=3))
+            await asyncio.sleep(1.5)
+            await asyncio.to_thread(_ask_owner, tmp_path / "first", RemoveDevice("third"), Done)
+            with pytest.raises(WorkerLost, match="third is gone"):
+                await asyncio.wait_for(long, 10.0)
+            without = await answer(agents["first"], num_stages=2)
+            assert {stage.device for stage in without.engine.stages} == {"first", "second"}
+            assert without.finished.token_ids == together.finished.token_ids
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_a_member_without_the_model_is_left_out_and_a_stranger_gets_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        async with members(tmp_path, {"first": demo_model().parent, "second": empty}) as agents:
+            await asyncio.sleep(1.0)
+            alone = await answer(agents["first"], num_stages=1)
+            ((device, reason),) = alone.engine.left_out
+            assert device == "second"
+            assert "lacks" in reason
+            assert "scp" in reason
+            await asyncio.to_thread(_come_as_stranger, tmp_path / "first")
+
+    asyncio.run(scenario())
+
+
+def _come_as_stranger(state: Path) -> None:
+    """As a member's agent, with a key that nobody knows."""
+    address, keys = find_agent(state)
+    host, port = address.rsplit(":", 1)
+    stranger = TrustStore(DeviceKeys.generate(), [keys.public_key])
+    sock = socket.create_connection((host, int(port)), timeout=5.0)
+    sock.sendall(PREFACE_MAGIC + AS_AGENT)
+    answered = b""
+    # In TLS 1.3 the dialler is done first: that it is refused shows with the first bytes.
+    with contextlib.suppress(ssl.SSLError, ConnectionError), stranger.dial(sock, keys.node) as secured:
+        secured.settimeout(5.0)
+        secured.sendall(b"\0\0\0\0")
+        answered = secured.recv(4096)
+    assert answered == b""
