@@ -548,6 +548,7 @@ class Interpreter:
 
     def _close(self) -> None:
         self._end_core()
+        self.probes.close()
         if self._door is not None:
             self._door.close()
         self._selector.close()

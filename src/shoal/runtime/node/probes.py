@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -16,6 +17,9 @@ from shoal.transport.secure import TrustStore
 
 INCOMING_MAX = 4
 """Connections that measure, or say that they will, at a time: they would measure each other."""
+
+
+_CLOSE_S = 2.0
 
 
 class ProbeCounters(msgspec.Struct):
@@ -43,6 +47,8 @@ class Probes:
         self._lock = threading.Lock()
         self._num_incoming = 0
         self._measuring: set[NodeId] = set()
+        self._threads: set[threading.Thread] = set()
+        self._is_closed = False
 
     def send(
         self,
@@ -55,6 +61,9 @@ class Probes:
         seconds_max: float,
     ) -> None:
         """Measures the way to `peer`, at the first of `addresses` that answers. Returns at once."""
+
+        if self._is_closed:
+            return
 
         def run() -> None:
             self.problem = "no address is known: it dials this device"
@@ -71,17 +80,35 @@ class Probes:
                 return
             self.counters.num_failed += 1
 
-        threading.Thread(target=run, name="agent-probe", daemon=True).start()
+        self._start(run)
+
+    def close(self) -> None:
+        """No more of them; those under way have a moment to end."""
+        self._is_closed = True
+        give_up_s = time.monotonic() + _CLOSE_S
+        while (threads := set(self._threads)) and (left_s := give_up_s - time.monotonic()) > 0:
+            threads.pop().join(left_s)
+
+    def _start(self, run: Callable[[], None]) -> None:
+        def run_and_end() -> None:
+            try:
+                run()
+            finally:
+                self._threads.discard(thread)
+
+        thread = threading.Thread(target=run_and_end, name="agent-probe", daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def take(self, sock: socket.socket, trust: TrustStore) -> None:
         """Somebody comes to measure the way to this device, as it says. Returns at once; the socket is closed in the end."""
         with self._lock:
-            if self._num_incoming >= INCOMING_MAX:
+            if self._num_incoming >= INCOMING_MAX or self._is_closed:
                 self.counters.num_refused += 1
                 sock.close()
                 return
             self._num_incoming += 1
-        threading.Thread(target=self._receive, args=(sock, trust), name="agent-probe", daemon=True).start()
+        self._start(lambda: self._receive(sock, trust))
 
     def _receive(self, sock: socket.socket, trust: TrustStore) -> None:
         begun: list[NodeId] = []
