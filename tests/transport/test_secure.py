@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +156,19 @@ def test_what_is_no_greeting_ends_in_time(say: Callable[[socket.socket], None], 
             trust(ONE, ONE, OTHER).accept(sock, timeout_s=0.4)
         assert time.monotonic() - began_s < 2.0
         assert sock.fileno() == -1, "closed"
+
+
+def test_a_connection_that_was_reset_leaves_nothing_open() -> None:
+    keys = DeviceKeys.generate()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    time.sleep(0.05)
+    with near, pytest.raises(OSError, match="not connected"):
+        trust(keys, keys).wrap(near, server_side=True)
+    gc.collect()  # an open socket that nobody holds would be found now, and fail the test
 
 
 def test_older_versions_are_refused() -> None:

@@ -97,8 +97,7 @@ class TrustStore:
 
     def wrap(self, sock: socket.socket, *, server_side: bool) -> ssl.SSLSocket:
         """For those who wait for many sockets at a time: its `do_handshake` is still to be called."""
-        context = self._server if server_side else self._client
-        return context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        return _wrap(self._server if server_side else self._client, sock, server_side=server_side)
 
     def add(self, public_key: bytes) -> None:
         """Trusts one more; nobody is trusted less."""
@@ -238,7 +237,7 @@ class Unlisted:
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         """A non-blocking socket whose `do_handshake` is still to be called."""
-        return self._client.wrap_socket(sock, do_handshake_on_connect=False)
+        return _wrap(self._client, sock, server_side=False)
 
     def peer_of(self, secured: ssl.SSLSocket) -> NodeId:
         """Who is at the other end, once the handshake is done. Raises PeerNotTrusted for what is no device of shoal's."""
@@ -312,13 +311,21 @@ def _load_key(context: ssl.SSLContext, keys: DeviceKeys) -> None:
         Path(name).unlink()
 
 
+def _wrap(context: ssl.SSLContext, sock: socket.socket, *, server_side: bool) -> ssl.SSLSocket:
+    """A socket whose handshake is still to come. Raises OSError where the other side has left; `sock` is to be closed then.
+
+    Python's own takes the descriptor over first, and where it then finds the connection reset, nobody can close it.
+    """
+    sock.getpeername()
+    return context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+
+
 def _handshake(context: ssl.SSLContext, sock: socket.socket, *, server_side: bool, timeout_s: float) -> ssl.SSLSocket:
     limit_s = sock.gettimeout()
     sock.settimeout(timeout_s)
     opened: socket.socket = sock
     try:
-        # In two steps: where the other side has left by now, the first makes an object that is still to be closed.
-        opened = secured = context.wrap_socket(sock, server_side=server_side, do_handshake_on_connect=False)
+        opened = secured = _wrap(context, sock, server_side=server_side)
         secured.do_handshake()
     except TimeoutError as error:
         opened.close()
