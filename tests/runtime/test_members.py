@@ -15,7 +15,7 @@ from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.demo import demo_model
 from shoal.cli.run import Answer, ask
 from shoal.errors import RequestError, WorkerLost
-from shoal.runtime.messages import AskStatus, AskSurvey, Status, Survey, Through
+from shoal.runtime.messages import AskStatus, AskSurvey, EngineOptions, Status, Survey, Through
 from shoal.runtime.node.owner import (
     Done,
     Invitation,
@@ -23,6 +23,7 @@ from shoal.runtime.node.owner import (
     Joined,
     MakeInvitation,
     OwnerLink,
+    Pause,
     RemoveDevice,
 )
 from shoal.runtime.node.state import find_agent
@@ -100,6 +101,13 @@ def test_a_member_without_the_model_is_left_out_and_a_stranger_gets_nothing(tmp_
             assert device == "second"
             assert "lacks" in reason
             assert "scp" in reason
+            await asyncio.to_thread(_ask_owner, tmp_path / "second", Pause(is_paused=True), Done)
+            # Another engine, for which everybody is asked anew.
+            paused = request(demo_model(), options=EngineOptions(num_threads=1, context=512))
+            other = await ask(agents["first"].address, paused, show=lambda _: None, status=lambda _: None)
+            ((device, reason),) = other.engine.left_out
+            assert "paused by its owner" in reason
+            assert "shoal resume" in reason
             await asyncio.to_thread(_come_as_stranger, tmp_path / "first")
 
     asyncio.run(scenario())

@@ -449,6 +449,24 @@ def confirm(
 
 
 @app.command()
+def pause(state: State = None, json: Json = False) -> None:
+    """Lend other devices nothing until `shoal resume`, also after a restart. What runs here goes on."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.pause(state or default_folder(), is_paused=True, as_json=json)
+
+
+@app.command()
+def resume(state: State = None, json: Json = False) -> None:
+    """Let other devices use this one again."""
+    from shoal.cli import members as verb
+    from shoal.runtime.node.state import default_folder
+
+    verb.pause(state or default_folder(), is_paused=False, as_json=json)
+
+
+@app.command()
 def leave(
     run: Annotated[str | None, typer.Argument(help="A training run of `shoal runs`; without it, the cluster.")] = None,
     state: State = None,

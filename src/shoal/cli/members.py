@@ -25,6 +25,7 @@ from shoal.runtime.node.owner import (
     MakeInvitation,
     OwnerDesk,
     OwnerLink,
+    Pause,
     RemoveDevice,
 )
 from shoal.runtime.node.state import DeviceState, find_agent
@@ -120,6 +121,13 @@ def confirm(state: Path, device: str, *, as_json: bool) -> None:
     """Says which of too many devices that came by one invitation is right."""
     with OwnerLink(state) as owner:
         done = owner.ask(ConfirmDevice(device), Done)
+    _print(done, done.text, as_json=as_json)
+
+
+def pause(state: Path, *, is_paused: bool, as_json: bool) -> None:
+    """Lends others nothing from now on, or again."""
+    with OwnerLink(state) as owner:
+        done = owner.ask(Pause(is_paused), Done)
     _print(done, done.text, as_json=as_json)
 
 

@@ -95,7 +95,7 @@ def _row(device: DeviceStatus) -> list[str]:
         survey.system,
         str(survey.num_cores),
         f"{format_bytes(survey.memory_usable_bytes)} of {format_bytes(survey.memory_total_bytes)}",
-        ", ".join(survey.engines) or "-",
+        ", ".join([*(["paused"] if survey.is_paused else []), *survey.engines]) or "-",
     ]
 
 

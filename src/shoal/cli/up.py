@@ -145,6 +145,7 @@ def _start_links(
         state.close()
         raise
     desk = OwnerDesk(node)
+    agent.is_paused = lambda: state.is_paused
     agent.cluster = Neighbours(node, on_agent=agent.take_member, on_removed=agent.part_from)
     host = members.node.listen[0] if members.node.listen else "127.0.0.1"
     try:

@@ -138,6 +138,8 @@ class Agent:
         """Conversations with members, to be cut off when one is removed."""
         self.cluster: Cluster | None = None
         """Set by whoever starts the links to members."""
+        self.is_paused: Callable[[], bool] = lambda: False
+        """Whether the owner wants this device to lend nothing; set by them too."""
         self.port = options.port
 
     async def start(self) -> None:
@@ -328,6 +330,7 @@ class Agent:
                 *self._counters.leases.values(),
             ],
             num_refused_frames=self._counters.refused_frames,
+            is_paused=self.is_paused(),
         )
 
     async def _status(self) -> Status:
@@ -490,6 +493,8 @@ class Agent:
 
     async def _lease(self, channel: Channel, start: StartWorker) -> None:
         """Runs a worker for another device's head, for as long as this connection lasts."""
+        if self.is_paused():
+            raise DeviceRefused(f"{self._device} is paused by its owner: `shoal resume` there ends that")
         path = await asyncio.to_thread(self._store.find, start.model)
         if path is None:
             raise ModelNotFound(f"no model file with SHA-256 {start.model.hash} in {self._store.describe_folders()}")
@@ -537,6 +542,8 @@ async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Pa
         await channel.send(AskSurvey(model))
         # A peer that has not seen its files before hashes them now.
         survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
+        if survey.is_paused:
+            raise DeviceRefused(f"{survey.device} is paused by its owner: `shoal resume` there ends that")
         if not survey.has_model:
             raise ModelNotFound(
                 f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "

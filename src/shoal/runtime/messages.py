@@ -80,6 +80,8 @@ class Survey(Message, frozen=True):
     model_folders: list[str]
     engines: list[str] = []
     num_refused_frames: int = 0
+    is_paused: bool = False
+    """Its owner wants others to have nothing of it."""
 
 
 class Ping(Message, frozen=True):

@@ -108,7 +108,13 @@ class LeaveCluster(Request, frozen=True):
     """This device belongs nowhere any more. Answered by `Done`."""
 
 
-AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster
+class Pause(Request, frozen=True):
+    """This device lends others nothing until `is_paused` is False again. Answered by `Done`."""
+
+    is_paused: bool
+
+
+AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster | Pause
 
 
 class Invitation(Answer, frozen=True):
@@ -199,6 +205,8 @@ class ClusterStatus(Answer, frozen=True):
     """Of each group: epoch, leader and this device's part, in one line."""
     counters: dict[str, int]
     problems: tuple[str, ...] = ()
+    is_paused: bool = False
+    """Whether this device lends others nothing, as its owner said."""
     refusals: dict[str, int] = {}
     """Whom this device did not let in or hung up on, by reason."""
     decisions: Decisions | None = None
@@ -292,8 +300,16 @@ class OwnerDesk:
                 return self._remove(request.device)
             case ConfirmDevice():
                 return self._confirm(request.device)
+            case Pause():
+                return self._pause(request.is_paused)
             case LeaveCluster():
                 return self._leave()
+
+    def _pause(self, is_paused: bool) -> Done:
+        self._node.state.is_paused = is_paused
+        if is_paused:
+            return Done("paused: what runs goes on, others get nothing new; `shoal resume` ends it")
+        return Done("resumed: others may use this device again")
 
     def _say(self, link: ControlLink | None, answer: AnyAnswer) -> None:
         if link is not None:
@@ -470,6 +486,7 @@ class OwnerDesk:
             name=node.options.name,
             cluster=roster.cluster,
             is_removed=node.me in roster.removed,
+            is_paused=node.state.is_paused,
             incarnation=core.incarnation,
             addresses=node.addresses(),
             members=tuple(self._member(device, graph) for device in sorted(roster.members.values(), key=lambda d: d.name)),

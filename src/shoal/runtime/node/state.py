@@ -90,6 +90,19 @@ class DeviceState:
         _replace(path, str(incarnation).encode())
         return incarnation
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the owner wants others to have nothing of this device; it survives a restart."""
+        return (self.folder / "paused").exists()
+
+    @is_paused.setter
+    def is_paused(self, wanted: bool) -> None:
+        path = self.folder / "paused"
+        if wanted:
+            _replace(path, b"")
+        else:
+            path.unlink(missing_ok=True)
+
     def announce_agent(self, address: str, agent: str = "") -> None:
         """Writes down where the owner's commands find this agent, and where clients do."""
         _replace(self.folder / "agent.json", msgspec.json.encode(AgentFile(address, os.getpid(), agent)))
