@@ -67,7 +67,7 @@ async def answer(agent: OwnAgent, *, tokens: int = 12, within_s: float = 10.0, n
 
 
 @pytest.mark.slow
-def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path) -> None:
+def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
         async with members(tmp_path, dict.fromkeys(NAMES, demo_model().parent)) as agents:
             # Those whom the first member told of each other need a moment more.
@@ -85,8 +85,10 @@ def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path) -> Non
             without = await answer(agents["first"], num_stages=2)
             assert {stage.device for stage in without.engine.stages} == {"first", "second"}
             assert without.finished.token_ids == together.finished.token_ids
+            await agents["first"].stop()
 
     asyncio.run(scenario())
+    assert "Traceback" not in capfd.readouterr().err  # though agents ended while leases stood
 
 
 @pytest.mark.slow

@@ -137,7 +137,8 @@ class Channel:
     async def wait_closed(self) -> None:
         """Returns once the connection has ended, at either end."""
         with contextlib.suppress(ConnectionError, OSError):
-            await self._writer.wait_closed()
+            # Shielded: all who wait share one future of the stream's, and whoever is cancelled would cancel it for all.
+            await asyncio.shield(asyncio.ensure_future(self._writer.wait_closed()))
 
     async def close(self) -> None:
         self._writer.close()
