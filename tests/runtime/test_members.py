@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import ssl
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.demo import demo_model
 from shoal.cli.run import Answer, ask
 from shoal.errors import RequestError, WorkerLost
+from shoal.runtime.agent import GREETING_MAX, GREETING_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, EngineOptions, Status, Survey, Through
 from shoal.runtime.node.owner import (
     Done,
@@ -111,6 +114,7 @@ def test_a_member_without_the_model_is_left_out_and_a_stranger_gets_nothing(tmp_
             assert "paused by its owner" in reason
             assert "shoal resume" in reason
             await asyncio.to_thread(_come_as_stranger, tmp_path / "first")
+            await asyncio.to_thread(_say_nothing, tmp_path / "first", GREETING_MAX + 8)
 
     asyncio.run(scenario())
 
@@ -131,6 +135,20 @@ async def _check_through(first: OwnAgent) -> None:
     with pytest.raises(RequestError, match="shoal status"):
         await astray.expect(Survey)
     await astray.close()
+
+
+def _say_nothing(state: Path, count: int) -> None:
+    """So many come as agents and begin no TLS: those beyond the bound are hung up on at once, all after a while."""
+    address, _ = find_agent(state)
+    host, port = address.rsplit(":", 1)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection((host, int(port)), timeout=5.0)) for _ in range(count)]
+        for sock in socks:
+            sock.sendall(PREFACE_MAGIC + AS_AGENT)
+        time.sleep(0.5)
+        assert len(select.select(socks, [], [], 0.0)[0]) >= 8
+        time.sleep(GREETING_TIMEOUT_S)
+        assert len(select.select(socks, [], [], 1.0)[0]) == count
 
 
 def _come_as_stranger(state: Path) -> None:

@@ -75,6 +75,7 @@ from shoal.transport.secure import TrustStore
 
 GREETING_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 5.0
+GREETING_MAX = 64
 CONNECTIONS_MAX = 256
 _ENGINES_MAX = 8
 
@@ -136,6 +137,8 @@ class Agent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._proven: dict[NodeId, set[Channel]] = {}
         """Conversations with members, to be cut off when one is removed."""
+        self._num_greeting = 0
+        """Connections whose TLS is under way: anybody may begin one."""
         self.cluster: Cluster | None = None
         """Set by whoever starts the links to members."""
         self.is_paused: Callable[[], bool] = lambda: False
@@ -162,6 +165,11 @@ class Agent:
 
     def take_member(self, sock: socket.socket, trust: TrustStore) -> None:
         """Another member's agent, as it says, has dialled the door of the control links; TLS is next."""
+        if self._num_greeting >= GREETING_MAX:
+            self._counters.refused_frames += 1
+            sock.close()
+            return
+        self._num_greeting += 1  # now, not when its task begins: many may come before that
         self._keep(self._secure(sock, trust))
 
     def part_from(self, node: NodeId) -> None:
@@ -186,6 +194,8 @@ class Agent:
         except (OSError, TimeoutError):
             self._counters.refused_frames += 1
             sock.close()
+        finally:
+            self._num_greeting -= 1
 
     @contextlib.contextmanager
     def _known(self, channel: Channel) -> Iterator[None]:
