@@ -2,8 +2,8 @@
 
 The bound comes from cap, file and machine alone: `max(C, S / D)`. `C` is the time of a token with everything in memory,
 measured on a device alike without a cap; `D` is the disk's rate, which the lab sets; `S = weights + cache + floor - cap`
-are the bytes that cannot stay, where `floor` is the anonymous memory of an idle agent and worker. Three caps make the disk
-the bound by two, both equal, and computing the bound by two. Every run starts with the file outside the page cache.
+are the bytes that cannot stay, where `floor` is the anonymous memory of an idle agent and worker. The cap holds 60 % of the
+weights; three rates make the disk the bound by two, both equal, and computing the bound by two. Every run starts with the file outside the page cache.
 
 * `ratio_one`: the worst of `measured_s / bound_s` (medians over rounds), and `ratios` by scenario.
 * `floor_mb`: that memory of an idle agent and worker.
@@ -33,13 +33,14 @@ from shoal.errors import LabUnavailable
 from shoal.lab import copies
 from shoal.lab.cluster import Lab
 from shoal.lab.model_workload import vouch_for
-from shoal.lab.scenario import DeviceSpec, FileSpec, LinkSpec, Scenario, Squeeze, Workload, check
+from shoal.lab.scenario import DeviceSpec, Disk, FileSpec, LinkSpec, Scenario, Squeeze, Workload, check
 from shoal.units import MIB
 
 PORT = 7433
 DISK_MB_S = 800.0
+"""Until a token's time, and with it the rates, are known."""
 CORES = 0.5
-"""Little, so that a token takes long enough for a disk of that rate to matter."""
+"""Little, so that a token takes long enough for this machine's disk to reach the rates."""
 CONTEXT = 512
 CONTEXT_MIN = 16
 SCENARIOS = {"disk": 2.0, "balanced": 1.0, "compute": 0.5}
@@ -140,20 +141,21 @@ def measure(lab: Lab, model: Path, *, names: Sequence[str], tokens: int) -> dict
     floor_bytes = bench.floor_bytes("roomy")
     roomy = bench.answer("roomy", tokens=tokens)
     compute_s, expected_ids = roomy["token_s"], roomy["token_ids"]
+    must_read_bytes = int((1 - memory_ring.RESIDENT_SHARE) * weights_bytes)
+    cap_bytes = weights_bytes + floor_bytes + cache_bytes - must_read_bytes
+    lab.apply(Squeeze(device="home", memory_mib=cap_bytes / MIB))
     found: dict[str, dict[str, float]] = {}
-    # The tightest cap first: what was the most memory of one run is then no more than the cap of the next.
     for name in names:
-        disk_share = SCENARIOS[name]
-        must_read_bytes = int(disk_share * compute_s * DISK_MB_S * 1e6)
-        cap_bytes = weights_bytes + floor_bytes + cache_bytes - must_read_bytes
-        lab.apply(Squeeze(device="home", memory_mib=cap_bytes / MIB))
+        read_bytes_per_s = must_read_bytes / (SCENARIOS[name] * compute_s)
+        lab.apply(Disk(device="home", disk_mb_s=read_bytes_per_s * 1e-6))
         answer = bench.answer("home", tokens=tokens, memory_bytes=cap_bytes)
         if answer["token_ids"] != expected_ids:
             raise RuntimeError(f"{name}: {answer['token_ids']} instead of {expected_ids}")
         found[name] = row = {
-            "bound_s": max(compute_s, must_read_bytes / (DISK_MB_S * 1e6)),
+            "bound_s": max(compute_s, must_read_bytes / read_bytes_per_s),
             "measured_s": answer["token_s"],
             "compute_s": compute_s,
+            "disk_mb_s": read_bytes_per_s * 1e-6,
             "cap_bytes": cap_bytes,
             "floor_bytes": floor_bytes,
             "must_read_bytes": must_read_bytes,
@@ -204,7 +206,7 @@ def main() -> None:
         "starved": starved,
         "alone": alone,
     }
-    finish("memory", figures, {"disk_mb_s": DISK_MB_S, "cores": CORES, "context": CONTEXT, "tokens": tokens})
+    finish("memory", figures, {"cores": CORES, "context": CONTEXT, "tokens": tokens})
 
 
 if __name__ == "__main__":
