@@ -2,8 +2,9 @@
 
 The bound comes from cap, file and machine alone: `max(C, S / D)`. `C` is the time of a token with everything in memory,
 measured on a device alike without a cap; `D` is the disk's rate, which the lab sets; `S = weights + cache + floor - cap`
-are the bytes that cannot stay, where `floor` is the anonymous memory of an idle agent and worker. The cap holds 60 % of the
-weights; three rates make the disk the bound by two, both equal, and computing the bound by two. Every run starts with the file outside the page cache.
+are the bytes that cannot stay, where `floor` is the anonymous memory of an idle agent and worker. The cap holds 60 % of
+the weights; three rates make the disk the bound by two, both equal, and computing the bound by two. Every run starts with
+the file outside the page cache.
 
 * `ratio_one`: the worst of `measured_s / bound_s` (medians over rounds), and `ratios` by scenario.
 * `floor_mb`: that memory of an idle agent and worker.

@@ -22,7 +22,7 @@ from shoal.compute.stage import Stage
 from shoal.errors import LinkError
 from shoal.ids import EngineId, LayerRange
 from shoal.inference.batching import micro_batches
-from shoal.runtime.deployment import MICRO_BATCH_RING
+from shoal.runtime.question import MICRO_BATCH_RING
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
 

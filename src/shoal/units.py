@@ -41,3 +41,11 @@ def parse_bytes(text: str) -> int:
     if num_bytes < 0:
         raise ValueError(f"'{text}' is negative")
     return num_bytes
+
+
+def format_age(seconds: float) -> str:
+    """How long ago something was, in one unit: `40 s`, `5 min`, `3 h`, `2 d`."""
+    for size_s, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size_s:
+            return f"{seconds / size_s:.0f} {name}"
+    return f"{seconds:.0f} s"

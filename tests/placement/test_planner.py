@@ -8,11 +8,14 @@ import msgspec
 import pytest
 
 from shoal.errors import InfeasiblePlacement
+from shoal.ids import DeviceId, LayerRange
 from shoal.placement.baselines import BASELINES
-from shoal.placement.planner import Plan, _deal, _fill, make_plan, plan_baseline
+from shoal.placement.planner import Plan, _deal, _fill, make_plan, plan_baseline, plan_by_hand, plan_of_rounds
+from shoal.placement.profile import Cluster, DeviceProfile, Disk, LayerTimes, ModelProfile, uniform_links
 from shoal.placement.scenario import SHAPES, draw_scenario
 
 SEEDS = range(8)
+MB = 10**6
 
 
 def plan_of(seed: int) -> Plan | None:
@@ -92,3 +95,71 @@ def test_a_device_more_is_asked_for_where_nothing_fits() -> None:
     cluster = msgspec.structs.replace(scenario.cluster, devices=devices)
     with pytest.raises(InfeasiblePlacement, match=r"missing|lacks"):
         make_plan(cluster, scenario.model)
+
+
+def model_of(num_layers: int = 30, *, layer_mb: int = 10) -> ModelProfile:
+    return ModelProfile(
+        name="m",
+        layer_bytes=(layer_mb * MB,) * num_layers,
+        output_bytes=20 * MB,
+        cache_bytes_per_token_and_layer=244,
+        hidden_bytes=8192,
+        stage_bytes=50 * MB,
+    )
+
+
+def cluster_of(*memory_mb: int, layer_s: float = 1e-3, hop_s: float = 1e-4) -> Cluster:
+    """Devices named 0, 1, ... that differ in nothing but memory."""
+    devices = tuple(
+        DeviceProfile(
+            id=DeviceId(str(index)),
+            free_bytes=memory * MB,
+            limit_bytes=memory * MB,
+            times=LayerTimes(layer_s=layer_s, batch_layer_s=10 * layer_s, output_s=2 * layer_s),
+            disk=Disk(mode="direct", read_bytes_per_s=500e6),
+        )
+        for index, memory in enumerate(memory_mb)
+    )
+    links = uniform_links([device.id for device in devices], round_trip_s=2 * hop_s, bytes_per_s=1e9)
+    return Cluster(devices=devices, links=links)
+
+
+def test_layers_by_hand_keep_their_order_and_one_round_where_nothing_streams() -> None:
+    plan = plan_by_hand([4, 20, 6], cluster_of(9000, 9000, 9000), model_of())
+    assert [(stage.device, *stage.windows) for stage in plan.stages] == [
+        ("1", LayerRange(0, 20)),
+        ("2", LayerRange(20, 26)),
+        ("0", LayerRange(26, 30)),
+    ]
+    assert plan.streamed_bytes == 0
+
+
+def test_layers_by_hand_that_stream_go_round_more_often() -> None:
+    cluster, model = cluster_of(140, 140, 140, layer_s=3e-3), model_of()
+    plan = plan_by_hand([10, 10, 10], cluster, model)
+    once = plan_by_hand([10, 10, 10], cluster, model, rounds=1)
+    assert plan.streamed_bytes > 0
+    assert plan.num_rounds > 1
+    assert plan.token_s < once.token_s
+
+
+@pytest.mark.parametrize(
+    ("counts", "rounds", "message"),
+    [
+        ([15, 14], None, "layer counts 15,14 do not fit 2 devices and 30 layers"),
+        ([30], None, "layer counts 30 do not fit 2 devices"),
+        ([31, -1], None, "do not fit"),
+        ([28, 2], 3, "3 rounds: 1 to 2 are possible"),
+        ([30, 0], 2, "2 rounds: a device alone goes round once"),
+    ],
+)
+def test_layers_by_hand_that_cannot_be(counts: list[int], rounds: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_by_hand(counts, cluster_of(9000, 9000), model_of(), rounds=rounds)
+
+
+def test_rounds_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="31 rounds: 1 to 30 are possible"):
+        plan_of_rounds([31], cluster_of(9000, 9000), model_of())
+    with pytest.raises(ValueError, match="2 rounds: a device alone goes round once"):
+        plan_of_rounds([2], cluster_of(9000), model_of())

@@ -10,11 +10,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.run import Answer, ask
 from shoal.runtime.messages import AskStatus, EngineOptions, Generate, Sampling, Status
+
+NUM_LAYERS = 3
+"""Of the tiny models."""
 
 
 @dataclass
@@ -28,6 +32,12 @@ class Cluster:
         return self.agents[0]
 
     async def ask(self, request: Generate, *, on_text: Callable[[str], None] = lambda _: None) -> Answer:
+        """Where the request leaves open who holds what, all agents take part: planned, so small a model stays on one."""
+        num_devices, options = len(self.agents), request.options
+        if num_devices > 1 and options.layer_counts is None and options.placement == "planned":
+            counts = [NUM_LAYERS // num_devices] * num_devices
+            counts[-1] += NUM_LAYERS % num_devices
+            request = msgspec.structs.replace(request, options=msgspec.structs.replace(options, layer_counts=counts))
         return await ask(self.head.address, request, show=on_text, status=lambda _: None)
 
     async def status(self, index: int = 0) -> Status:

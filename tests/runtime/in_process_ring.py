@@ -13,7 +13,7 @@ from shoal.compute.stage import Stage
 from shoal.compute.streaming import Streaming, row_runs
 from shoal.errors import LinkError
 from shoal.ids import EngineId, LayerRange
-from shoal.placement.contiguous import cut_windows
+from shoal.placement.planner import deal_windows
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.transport.link import Inbound, Outbound, RingListener, dial
 
@@ -39,7 +39,7 @@ def ring(
     """
     model = Model(path)
     stages = []
-    for index, windows in enumerate(cut_windows(counts, rounds)):
+    for index, windows in enumerate(deal_windows(counts, rounds)):
         stages.append(
             Stage(
                 model,

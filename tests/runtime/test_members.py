@@ -62,8 +62,10 @@ async def members(folder: Path, models: dict[str, Path]) -> AsyncGenerator[dict[
 async def answer(agent: OwnAgent, *, tokens: int = 12, within_s: float = 10.0, num_stages: int = 0) -> Answer:
     """Asks until so many devices take part: a device that has just joined is trusted a moment later."""
     give_up_s = asyncio.get_running_loop().time() + within_s
+    # Planned, a small model may stay on one device.
+    asked = request(demo_model(), tokens=tokens, options=EngineOptions(num_threads=1, placement="proportional"))
     while True:
-        found = await ask(agent.address, request(demo_model(), tokens=tokens), show=lambda _: None, status=lambda _: None)
+        found = await ask(agent.address, asked, show=lambda _: None, status=lambda _: None)
         if len(found.engine.stages) == num_stages or asyncio.get_running_loop().time() > give_up_s:
             return found
         await asyncio.sleep(0.3)

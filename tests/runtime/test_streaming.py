@@ -34,7 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_larger_than_memory_answers_the_same(model: Path, num_devices: int) -> None:
     async def answer(memory: str) -> tuple[list[int], str, list[int]]:
         async with cluster(num_devices, model.parent, f"--memory={memory}") as devices:
-            answer = await devices.ask(request(model, tokens=12, options=OPTIONS, digest=True))
+            counts = [8 // num_devices] * num_devices if num_devices > 1 else None
+            options = msgspec.structs.replace(OPTIONS, layer_counts=counts)
+            answer = await devices.ask(request(model, tokens=12, options=options, digest=True))
             streamed = [stage.streamed_bytes for stage in answer.engine.stages]
             return answer.finished.token_ids, answer.finished.logits_digest, streamed
 

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import httpx2
 
 from shoal.ids import ModelHash
-from shoal.runtime.agent import Request, Send
+from shoal.runtime.agent import Request
+from shoal.runtime.engines import Send
 from shoal.runtime.messages import (
     Accepted,
     Delta,

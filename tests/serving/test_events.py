@@ -11,7 +11,8 @@ from starlette.types import Message
 
 from shoal.errors import WorkerLost
 from shoal.runtime import errors_by_name
-from shoal.runtime.agent import Request, Send
+from shoal.runtime.agent import Request
+from shoal.runtime.engines import Send
 from shoal.runtime.messages import Accepted, Delta, Progress
 from shoal.serving import app, connection, events
 from shoal.serving.gate import GateOptions

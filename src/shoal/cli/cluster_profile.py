@@ -16,31 +16,16 @@ import msgspec
 
 from shoal.cli.client import DEFAULT_PORT, agent_address, answers, open_channel
 from shoal.compute.model import Model
-from shoal.errors import DeviceUnreachable, ModelNotFound, RequestError
+from shoal.errors import DeviceUnreachable, ModelNotFound
 from shoal.ids import EngineId
-from shoal.placement.profile import (
-    Cluster,
-    DeviceProfile,
-    Disk,
-    LayerTimes,
-    LinkProfile,
-    ModelProfile,
-    ReadMode,
-    System,
-)
-from shoal.runtime.deployment import (
-    CONTEXT_DEFAULT,
-    GROWTH_BYTES,
-    LOAD_TIMEOUT_S,
-    MEASURE_TIMEOUT_S,
-    MICRO_BATCH_RING,
-)
+from shoal.placement.profile import Cluster, DeviceProfile, ModelProfile
+from shoal.runtime.cluster_profile import device_of_report, links_from_round_trips, model_of_file
+from shoal.runtime.deployment import LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, Through, WorkerReport
 from shoal.runtime.model_store import ModelStore
+from shoal.runtime.question import MICRO_BATCH_RING
 from shoal.units import format_bytes
 
-LINK_BYTES_PER_S_DEFAULT = 117e6
-"""Gigabit Ethernet less its headers."""
 _STATUS_TIMEOUT_S = 30.0
 
 
@@ -60,28 +45,14 @@ def model_profile(path: Path, *, context: int | None) -> ModelProfile:
     """
     model = Model(path)
     try:
-        shape = model.shape
-        if context is not None and context > shape.context_length:
-            raise RequestError(f"--context {context}: {shape.name} was made for at most {shape.context_length} tokens")
-        embedding = model.file.tensors["token_embd.weight"]
-        return ModelProfile(
-            name=shape.name,
-            layer_bytes=tuple(model.layer_bytes),
-            output_bytes=model.output_bytes,
-            cache_bytes_per_token_and_layer=shape.kv_bytes_per_token_and_layer,
-            context=context or min(CONTEXT_DEFAULT, shape.context_length),
-            hidden_bytes=shape.hidden_bytes,
-            embedding_row_bytes=embedding.num_bytes // shape.vocab_size,
-            # As over several devices, which is what plans are for; one alone takes more tokens at once.
-            stage_bytes=GROWTH_BYTES + 12 * MICRO_BATCH_RING * shape.hidden_bytes,
-            micro_batch=MICRO_BATCH_RING,
-        )
+        # As over several devices, which is what plans are for; one alone takes more tokens at once.
+        return model_of_file(model, context=context, micro_batch=MICRO_BATCH_RING)
     finally:
         model.close()
 
 
 async def ask_cluster(
-    store: ModelStore, path: Path, profile: ModelProfile, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float
+    store: ModelStore, path: Path, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float, fresh: bool
 ) -> Measured:
     """Measures the devices of the agent at `agent`, of this device's, or of one that is started with `own_agent` for it.
 
@@ -98,13 +69,14 @@ async def ask_cluster(
     if agent is None and (own_agent or not await answers("127.0.0.1", DEFAULT_PORT)):
         own_agent = [*own_agent, f"--models={path.parent}"]  # it is asked for the file by content, wherever that lies
     async with agent_address(agent, own_agent) as address:
-        return await measure_cluster(address, model, profile, link_bytes_per_s=link_bytes_per_s, report=report)
+        return await measure_cluster(address, model, link_bytes_per_s=link_bytes_per_s, fresh=fresh, report=report)
 
 
 async def measure_cluster(
-    address: str, model: ModelFile, profile: ModelProfile, *, link_bytes_per_s: float, report: Callable[[str], None]
+    address: str, model: ModelFile, *, link_bytes_per_s: float, fresh: bool, report: Callable[[str], None]
 ) -> Measured:
-    """The agent at `address` becomes the head; it and its peers are measured.
+    """The agent at `address` becomes the head; it and its peers are measured, or say what they were measured to do lately;
+    `fresh` wants it measured now.
 
     Raises:
         DeviceUnreachable: a peer does not answer.
@@ -113,28 +85,17 @@ async def measure_cluster(
     devices, round_trips_s, assumed = [], [], []
     for peer in (None, *await _peers_of(address)):
         report(f"measuring {peer or address}")
-        device, round_trip_s = await _measure_device(address, peer, model, profile)
+        device, round_trip_s = await _measure_device(address, peer, model, fresh=fresh)
         devices.append(device)
         round_trips_s.append(round_trip_s)
     if "output_s" not in devices[0].spreads:
         assumed.append(f"{devices[0].id} projects to its vocabulary as fast as it computes layers of as many bytes")
-    links = []
     if len(devices) > 1:
         assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (shoal plan --link-rate)")
-        for first, source in enumerate(devices):
-            for second, target in enumerate(devices):
-                if first != second:
-                    links.append(
-                        LinkProfile(
-                            source=source.id,
-                            target=target.id,
-                            round_trip_s=max(round_trips_s[first], round_trips_s[second]),
-                            bytes_per_s=link_bytes_per_s,
-                        )
-                    )
     if len(devices) > 2:
         assumed.append("between two peers the round trip is the longer one of theirs from here")
-    return Measured(Cluster(devices=tuple(devices), links=tuple(links)), tuple(assumed))
+    links = links_from_round_trips([device.id for device in devices], round_trips_s, bytes_per_s=link_bytes_per_s)
+    return Measured(Cluster(devices=tuple(devices), links=links), tuple(assumed))
 
 
 async def _peers_of(address: str) -> list[str]:
@@ -154,9 +115,7 @@ async def _peers_of(address: str) -> list[str]:
     return peers
 
 
-async def _measure_device(
-    address: str, peer: str | None, model: ModelFile, profile: ModelProfile
-) -> tuple[DeviceProfile, float]:
+async def _measure_device(address: str, peer: str | None, model: ModelFile, *, fresh: bool) -> tuple[DeviceProfile, float]:
     """The device at `address`, the head, or a peer of it."""
     channel = await open_channel(address)
     try:
@@ -175,41 +134,12 @@ async def _measure_device(
             model=model,
             memory_bytes=survey.memory_usable_bytes,
             for_plan=True,
+            fresh=fresh,
             head=peer is None,
         )
         await channel.send(start)
         report = await channel.expect(WorkerReport, timeout_s=MEASURE_TIMEOUT_S)
     finally:
         await channel.close()  # ends the worker
-    output_layers = profile.output_bytes / profile.mean_layer_bytes
-    return (
-        DeviceProfile(
-            id=survey.device,
-            system=_system(survey.system),
-            # The agent's figure has the owner's limit or the head-room in it.
-            free_bytes=survey.memory_usable_bytes,
-            limit_bytes=survey.memory_usable_bytes,
-            runtime_bytes=report.runtime_bytes,
-            times=LayerTimes(
-                layer_s=report.layer_s,
-                batch_layer_s=report.batch_layer_s,
-                output_s=report.output_s or report.layer_s * output_layers,
-            ),
-            disk=_disk(report),
-            spreads=report.spreads,
-        ),
-        round_trip_s,
-    )
-
-
-def _disk(report: WorkerReport) -> Disk | None:
-    """None where weights cannot be streamed, or surely all fit, so that nobody read."""
-    if not report.read_bytes_per_s:
-        return None
-    return Disk(mode=msgspec.convert(report.read_mode, ReadMode), read_bytes_per_s=report.read_bytes_per_s)
-
-
-def _system(text: str) -> System:
-    first = text.lower().split()[0] if text else ""
-    names: dict[str, System] = {"darwin": "macos", "windows": "windows", "android": "android"}
-    return names.get(first, "linux")
+    device = device_of_report(report, survey.device, memory_bytes=survey.memory_usable_bytes, system=survey.system)
+    return device, round_trip_s

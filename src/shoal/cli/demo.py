@@ -14,6 +14,7 @@ from rich.console import Console
 from shoal.cli.client import OwnAgent
 from shoal.cli.report import breakdown, summary
 from shoal.cli.run import Answer, ask
+from shoal.compute.model import Model
 from shoal.errors import ModelNotFound
 from shoal.runtime.messages import ChatMessage, EngineOptions, Generate, Sampling
 
@@ -65,7 +66,8 @@ async def _demo(
             messages=[ChatMessage("user", prompt)],
             max_tokens=max_tokens,
             sampling=Sampling(temperature=0.0),
-            options=EngineOptions(num_threads=num_threads),
+            # By hand: so small a model is fastest on one device, which is what the planner would say.
+            options=EngineOptions(num_threads=num_threads, layer_counts=_even_counts(path, num_devices)),
         )
         console.print(f"[bold]> {prompt}[/]")
         answer = await ask(
@@ -75,6 +77,13 @@ async def _demo(
             status=lambda text: console.print(f"[dim]{text}[/]") if text else None,
         )
         _show(answer, console, as_json=as_json)
+
+
+def _even_counts(path: Path, num_devices: int) -> list[int]:
+    model = Model(path)
+    num_layers = model.shape.num_layers
+    model.close()
+    return [num_layers * (index + 1) // num_devices - num_layers * index // num_devices for index in range(num_devices)]
 
 
 def _show(answer: Answer, console: Console, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from shoal import __version__
 from shoal.errors import ShoalError
@@ -44,6 +45,14 @@ AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to
 Rounds = Annotated[
     int | None, typer.Option(min=1, max=255, help="How often a token goes round the devices; planned if not given.")
 ]
+PlacementText = Annotated[
+    str,
+    typer.Option(
+        "--placement",
+        help="Who decides which device holds what: planned, or as published elsewhere: halda, proportional.",
+        metavar="WAY",
+    ),
+]
 ResidencyText = Annotated[
     str,
     typer.Option(
@@ -56,6 +65,31 @@ State = Annotated[
     Path | None,
     typer.Option("--state", help="Folder in which this device remembers who it is.", metavar="FOLDER", envvar="SHOAL_STATE"),
 ]
+
+
+def _use_settings(context: typer.Context, state: Path | None) -> Path | None:
+    """Before other options are looked at: what is set takes the place of their defaults."""
+    from shoal.cli import config as verb
+    from shoal.runtime.node.state import default_folder
+
+    if not context.resilient_parsing:
+        assert isinstance(context.command, TyperCommand)
+        context.default_map = verb.defaults(context.command, state or default_folder())
+    return state
+
+
+StateWithSettings = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        help="Folder in which this device remembers who it is, and what `shoal config` set.",
+        metavar="FOLDER",
+        envvar="SHOAL_STATE",
+        is_eager=True,
+        callback=_use_settings,
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure now, whatever was measured in the last week.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -68,6 +102,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def up(
+    context: typer.Context,
     listen: Listen = DEFAULT_AGENT,
     peer: Peers = None,
     plain: Plain = False,
@@ -79,7 +114,7 @@ def up(
     threads: Threads = None,
     device: Device = None,
     name: Name = None,
-    state: State = None,
+    state: StateWithSettings = None,
     members: Annotated[
         str | None,
         typer.Option(help=f"Address of the links to members; {DEFAULT_MEMBERS}, 'none' for no cluster.", metavar="ADDRESS"),
@@ -105,31 +140,67 @@ def up(
             min=0, max=65535, help="Show figures of the cluster to Prometheus at 127.0.0.1:PORT/metrics.", metavar="PORT"
         ),
     ] = None,
+    service: Annotated[
+        bool, typer.Option("--service", help="Start it now and at every boot, in the background (systemd).")
+    ] = False,
+    remove_service: Annotated[
+        bool, typer.Option("--remove-service", help="End what --service started, and start it no more.")
+    ] = False,
     json: Json = False,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
+    check_only: Annotated[bool, typer.Option("--check-only", hidden=True)] = False,
 ) -> None:
-    """Start this device's agent. Ctrl-C leaves politely."""
+    """Start this device's agent. Ctrl-C leaves politely. `shoal config` sets what is used where nothing is typed."""
+    from shoal.cli import service as services
     from shoal.cli import up as verb
 
-    verb.up(
-        verb.agent_options(
-            listen, peer or [], models or [], memory, threads, device, name, plain=plain, plain_frames=plain_frames
-        ),
-        verb.member_options(
-            state,
-            members,
-            may_default=not peer and not until_eof,
-            name=name,
-            advertise=advertise or [],
-            dial_only=dial_only,
-            durable=durable,
-            realtime=realtime,
-            journal=journal,
-            metrics=metrics,
-        ),
-        as_json=json,
-        until_eof=until_eof,
+    if remove_service:
+        services.remove(as_json=json)
+        return
+    agent_options = verb.agent_options(
+        listen, peer or [], models or [], memory, threads, device, name, plain=plain, plain_frames=plain_frames
     )
+    member_options = verb.member_options(
+        state,
+        members,
+        may_default=not peer and not until_eof,
+        name=name,
+        advertise=advertise or [],
+        dial_only=dial_only,
+        durable=durable,
+        realtime=realtime,
+        journal=journal,
+        metrics=metrics,
+    )
+    if check_only:
+        return
+    if service:
+        services.install(services.typed(context), as_json=json)
+        return
+    verb.up(agent_options, member_options, as_json=json, until_eof=until_eof)
+
+
+@app.command()
+def config(
+    name: Annotated[str | None, typer.Argument(help="A setting; without it, all are listed.")] = None,
+    values: Annotated[list[str] | None, typer.Argument(help="What it shall be; without it, what it is is printed.")] = None,
+    unset: Annotated[bool, typer.Option("--unset", help="Forget what was set.")] = False,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Show or set what `shoal up` uses on this device where nothing is typed: its options, by name."""
+    from shoal.cli import config as verb
+    from shoal.runtime.node.state import default_folder
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    command = group.commands["up"]
+    assert isinstance(command, TyperCommand)
+    folder = state or default_folder()
+    if name is not None and (values or unset):
+        typer.echo(verb.change(command, folder, name, values or [], unset=unset))
+    else:
+        verb.show(command, folder, name, as_json=json)
 
 
 @app.command()
@@ -157,6 +228,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for more.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
+    placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
     repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
@@ -183,6 +255,7 @@ def run(
             options=EngineOptions(
                 context=context,
                 layer_counts=verb.parse_counts(layers),
+                placement=verb.parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
                 repack=repack,
@@ -228,6 +301,7 @@ def plan(
         str, typer.Option(help="latency (a prompt of 512 and 128 tokens), first-token, or throughput.")
     ] = "latency",
     compare: Annotated[bool, typer.Option("--compare", help="Halda's and the memory-proportional plan beside it.")] = False,
+    fresh: Fresh = False,
     link_rate: Annotated[str, typer.Option(help="What links carry per second.", metavar="SIZE")] = "117MB",
     json: Json = False,
 ) -> None:
@@ -252,6 +326,7 @@ def plan(
             context=context,
             objective=parse_objective(objective),
             compare=compare,
+            fresh=fresh,
             link_bytes_per_s=float(rate),
             as_json=json,
         ),
@@ -266,9 +341,10 @@ def profile(
     plain: Plain = False,
     models: Models = None,
     memory: Memory = None,
+    fresh: Fresh = False,
     json: Json = False,
 ) -> None:
-    """Measure how fast each device computes and reads a model, and say how far the repetitions lay apart."""
+    """Say how fast each device computes and reads a model, and how far the repetitions lay apart."""
     from shoal.cli import profile as verb
     from shoal.cli.up import agent_options
 
@@ -278,6 +354,7 @@ def profile(
         agent=agent,
         own_agent=_own_agent_arguments(peer, models, memory, plain=plain),
         model_folders=models or [],
+        fresh=fresh,
         as_json=json,
     )
 
@@ -311,6 +388,7 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
     ] = None,
+    placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
     repack: Annotated[bool, typer.Option(help="Copy weights into the processor's faster order where it has one.")] = True,
@@ -332,7 +410,7 @@ def serve(
 ) -> None:
     """Serve models to any program written for OpenAI's API. Ctrl-C leaves."""
     from shoal.cli import serve as verb
-    from shoal.cli.run import parse_counts, parse_residency
+    from shoal.cli.run import parse_counts, parse_placement, parse_residency
     from shoal.cli.up import agent_options
     from shoal.runtime.channel import split_address
     from shoal.runtime.messages import EngineOptions
@@ -352,6 +430,7 @@ def serve(
             engine=EngineOptions(
                 context=context,
                 layer_counts=parse_counts(layers),
+                placement=parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
                 repack=repack,

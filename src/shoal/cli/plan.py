@@ -10,12 +10,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, ask_cluster, model_profile
+from shoal.cli.cluster_profile import Measured, ask_cluster, model_profile
 from shoal.errors import CannotWrite, InfeasiblePlacement
 from shoal.placement.baselines import BASELINES
 from shoal.placement.planner import Plan, PlannedStage, make_plan, plan_baseline
 from shoal.placement.profile import Cluster, ModelProfile, decode_cluster
 from shoal.placement.program import ANSWER_TOKENS, PROMPT_TOKENS, ObjectiveName
+from shoal.runtime.cluster_profile import LINK_BYTES_PER_S_DEFAULT
 from shoal.runtime.model_store import ModelStore
 from shoal.units import format_bytes, format_seconds
 
@@ -32,6 +33,7 @@ class Settings:
     context: int | None = None
     objective: ObjectiveName = "latency"
     compare: bool = False
+    fresh: bool = False
     link_bytes_per_s: float = LINK_BYTES_PER_S_DEFAULT
     as_json: bool = False
 
@@ -68,10 +70,10 @@ def plan(model: str, settings: Settings) -> None:
             ask_cluster(
                 store,
                 path,
-                profile,
                 agent=settings.agent,
                 own_agent=settings.own_agent,
                 link_bytes_per_s=settings.link_bytes_per_s,
+                fresh=settings.fresh,
             )
         )
     )

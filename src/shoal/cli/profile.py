@@ -9,14 +9,19 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from shoal.cli.cluster_profile import LINK_BYTES_PER_S_DEFAULT, Measured, ask_cluster, model_profile
+from shoal.cli.cluster_profile import Measured, ask_cluster
 from shoal.placement.profile import BATCH_TOKENS, DeviceProfile
+from shoal.runtime.cluster_profile import LINK_BYTES_PER_S_DEFAULT
 from shoal.runtime.model_store import ModelStore
-from shoal.units import format_bytes, format_seconds
+from shoal.units import format_age, format_bytes, format_seconds
+
+_NOW_S = 30.0
 
 
-def profile(model: str, *, agent: str | None, own_agent: list[str], model_folders: list[Path], as_json: bool) -> None:
-    """Measures and prints.
+def profile(
+    model: str, *, agent: str | None, own_agent: list[str], model_folders: list[Path], fresh: bool, as_json: bool
+) -> None:
+    """Measures, where nothing is kept or `fresh` wants it, and prints.
 
     Raises:
         ModelNotFound: a device lacks the model.
@@ -24,9 +29,8 @@ def profile(model: str, *, agent: str | None, own_agent: list[str], model_folder
     """
     store = ModelStore(model_folders)
     path = store.resolve(model)
-    shape = model_profile(path, context=None)
     measured = asyncio.run(
-        ask_cluster(store, path, shape, agent=agent, own_agent=own_agent, link_bytes_per_s=LINK_BYTES_PER_S_DEFAULT)
+        ask_cluster(store, path, agent=agent, own_agent=own_agent, link_bytes_per_s=LINK_BYTES_PER_S_DEFAULT, fresh=fresh)
     )
     if as_json:
         print(msgspec.json.encode(measured).decode())  # noqa: T201
@@ -36,7 +40,9 @@ def profile(model: str, *, agent: str | None, own_agent: list[str], model_folder
 
 def _print(measured: Measured) -> None:
     console = Console()
-    table = Table("device", "system", "memory", "a layer", f"{BATCH_TOKENS} tokens", "output projection", "disk", box=None)
+    table = Table(
+        "device", "system", "memory", "a layer", f"{BATCH_TOKENS} tokens", "output projection", "disk", "measured", box=None
+    )
     for index, device in enumerate(measured.cluster.devices):
         table.add_row(*_row(device, is_head=index == 0))
     console.print(table)
@@ -60,4 +66,5 @@ def _row(device: DeviceProfile, *, is_head: bool) -> list[str]:
         timed("batch_layer_s", times.batch_layer_s),
         timed("output_s", times.output_s),
         f"{format_bytes(int(disk.read_bytes_per_s))}/s, {disk.mode}" if disk else "not needed",
+        f"{format_age(device.age_s)} ago" if device.age_s > _NOW_S else "now",
     ]

@@ -39,6 +39,7 @@ def summary(engine: EngineDescription, finished: Finished, text: str) -> dict[st
         "reads_per_prompt": finished.reads_per_prompt,
         "prefill_s": round(finished.prefill_s, 6),
         "tokens_per_s": round(tokens_per_s(finished), 3),
+        "predicted_tokens_per_s": round(1 / engine.token_s, 3) if engine.token_s else None,
         "stages": [
             {
                 "device": stage.device,
@@ -67,11 +68,12 @@ def breakdown(engine: EngineDescription, finished: Finished) -> Table:
     links = "encrypted" if engine.encrypts else "not encrypted"
     parts = "computing, waiting for the disk, waiting" if streams else "computing, waiting"
     reads = f", weights read {finished.reads_per_prompt} x" if streams and finished.reads_per_prompt > 1 else ""
+    planned = f" (planned: {1 / engine.token_s:.1f})" if engine.token_s else ""
     times: list[StageTimes | None] = [*finished.stages] or [None] * len(engine.stages)
     table = Table(
         "device", "layers", "threads", "memory",
         *(["from disk", "compute", "disk"] if streams else ["compute"]), "wait", "wire",
-        title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s, "
+        title=f"{engine.model}: {len(finished.token_ids)} tokens at {rate:.1f} tokens/s{planned}, "
         f"prompt of {finished.prompt_tokens} ({finished.cached_tokens} kept) in {format_seconds(finished.prefill_s)}{reads}",
         title_justify="left",
         caption=f"per token: {read}medians of {parts} for the others, sending and receiving"

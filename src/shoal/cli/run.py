@@ -30,6 +30,7 @@ from shoal.runtime.messages import (
     Failed,
     Finished,
     Generate,
+    PlacementName,
     Progress,
     ResidencyMode,
     Sampling,
@@ -72,6 +73,15 @@ def parse_counts(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--layers {text}: write whole numbers with commas between, such as 10,10,10") from None
+
+
+def parse_placement(text: str) -> PlacementName:
+    """Raises ValueError."""
+    try:
+        found: PlacementName = msgspec.convert(text, PlacementName)
+    except msgspec.ValidationError:
+        raise ValueError(f"--placement {text}: allowed are planned, halda and proportional") from None
+    return found
 
 
 def parse_residency(text: str) -> tuple[ResidencyMode, int]:

@@ -21,8 +21,9 @@ from shoal.cli.client import DEFAULT_PORT as AGENT_PORT
 from shoal.cli.client import answers, open_channel
 from shoal.cli.up import watch_eof
 from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed
-from shoal.runtime.agent import Agent, AgentOptions, Request, Send
+from shoal.runtime.agent import Agent, Request
 from shoal.runtime.channel import split_address
+from shoal.runtime.engines import AgentOptions, Send
 from shoal.runtime.messages import (
     Detokenized,
     Embedded,

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from shoal import __version__
 from shoal.errors import DeviceError, ShoalError
-from shoal.runtime.agent import Agent, AgentOptions, default_name
+from shoal.runtime.agent import Agent, default_name
 from shoal.runtime.channel import split_address
+from shoal.runtime.engines import AgentOptions
 from shoal.runtime.node.addresses import join_address
 from shoal.runtime.node.interpreter import Interpreter, NodeOptions
 from shoal.runtime.node.links import DEFAULT_PORT as DEFAULT_MEMBER_PORT

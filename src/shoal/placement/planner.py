@@ -23,6 +23,7 @@ from shoal.placement.profile import UNITS_COUNTED, Cluster, ModelProfile
 from shoal.placement.program import (
     OBJECTIVES,
     PROMPT_TOKENS,
+    ROUNDS_MAX,
     CoarsePlan,
     Objective,
     ObjectiveName,
@@ -82,7 +83,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     context: int
-    objective: str
+    objective: ObjectiveName
     num_rounds: int
     stages: tuple[PlannedStage, ...]
     left_out: tuple[LeftOut, ...]
@@ -130,7 +131,14 @@ def plan_of_rounds(
 
     Raises:
         InfeasiblePlacement: nothing fits.
+        ValueError: no such numbers are possible.
     """
+    rounds_max = model.num_layers if len(cluster.devices) > 1 else 1
+    if not all(1 <= k <= rounds_max for k in rounds):
+        allowed = f"1 to {rounds_max} are possible, as many as there are layers"
+        raise ValueError(
+            f"{', '.join(map(str, rounds))} rounds: {'a device alone goes round once' if rounds_max == 1 else allowed}"
+        )
     return _plan(cluster, model, objective, prompt_tokens, rounds=tuple(rounds))
 
 
@@ -156,6 +164,49 @@ def _plan(
     return msgspec.structs.replace(plan, bound_s=solution.bound_s, alone_token_s=mover.alone_s())
 
 
+def plan_by_hand(
+    num_layers: Sequence[int],
+    cluster: Cluster,
+    model: ModelProfile,
+    *,
+    rounds: int | None = None,
+    objective: ObjectiveName = "latency",
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> Plan:
+    """Layers as the owner says, device by device, the head's first; the ring visits them in that order. Its rings, and
+    where they are not given its rounds, are chosen.
+
+    Raises:
+        InfeasiblePlacement: a device cannot hold its part.
+        ValueError: the counts do not match the devices or the model, or the rounds do not match the counts.
+    """
+    if len(num_layers) != len(cluster.devices) or min(num_layers) < 0 or sum(num_layers) != model.num_layers:
+        raise ValueError(
+            f"layer counts {','.join(map(str, num_layers))} do not fit {len(cluster.devices)} devices and "
+            f"{model.num_layers} layers: give one count per device, the head's first, that add up"
+        )
+    is_alone = not any(num_layers[1:])
+    rounds_max = 1 if is_alone else min(count for count in num_layers if count)
+    if rounds is not None and not 1 <= rounds <= rounds_max:
+        allowed = f"1 to {rounds_max} are possible, as many as the device with fewest layers has"
+        raise ValueError(f"{rounds} rounds: {'a device alone goes round once' if is_alone else allowed}")
+    mover = _Mover(cluster, model, OBJECTIVES[objective], prompt_tokens)
+    by_hand = Split(num_rounds=1, num_layers=tuple(num_layers), num_accelerator_layers=(0,) * len(num_layers))
+    draft = mover.draft_of_split(by_hand)
+    # What counts is how many layers a window has at most.
+    widths = {math.ceil(rounds_max / width) for width in range(1, rounds_max + 1)}
+    choices = [rounds] if rounds is not None else sorted(k for k in widths if k <= ROUNDS_MAX)
+    best = mover.best_rounds(draft, choices)
+    if best is None:
+        try:
+            mover.live(draft)
+        except InfeasiblePlacement as error:
+            advice = "give it fewer layers, allow it more (--memory), or use a shorter --context"
+            raise InfeasiblePlacement(f"{error}: {advice}") from None
+        raise InfeasiblePlacement(f"layer counts {','.join(map(str, num_layers))} do not fit")
+    return mover.describe(best, objective)
+
+
 def plan_baseline(
     name: BaselineName,
     cluster: Cluster,
@@ -177,6 +228,22 @@ def plan_baseline(
         mover.live(draft)  # says what does not fit
         raise InfeasiblePlacement(f"the split {','.join(map(str, split.totals))} of '{name}' does not fit")
     return mover.describe(best, objective)
+
+
+def cost_of(plan: Plan, cluster: Cluster, model: ModelProfile, *, prompt_tokens: int = PROMPT_TOKENS) -> float:
+    """What a plan costs on these devices, by its objective: infinite where it does not fit them."""
+    index = {device.id: position for position, device in enumerate(cluster.devices)}
+    draft = _Draft(
+        plan.num_rounds,
+        tuple(
+            _Part(index[stage.device], stage.num_layers, sum(stage.accelerator_layers), stage.life.ring_bytes)
+            for stage in plan.stages
+        ),
+    )
+    try:
+        return _Mover(cluster, model, OBJECTIVES[plan.objective], prompt_tokens).live(draft).cost_s
+    except InfeasiblePlacement:
+        return math.inf
 
 
 def _candidates(solution: Solution) -> list[CoarsePlan]:
@@ -233,8 +300,27 @@ class _Mover:
         moved += [lived for draft in mended[:_MOVED] if (lived := self.move(draft)) is not None]
         return min(moved, key=lambda lived: lived.cost_s, default=None)
 
+    def best_rounds(self, draft: _Draft, choices: Sequence[int]) -> _Lived | None:
+        """The draft's layers in the best of these numbers of rounds, with rings that suit it; fewer unless more are worth
+        it, and as few as there are where nothing is streamed."""
+        moved = self.move(self._in_rounds(draft, choices[0]), rings_only=True)
+        if moved is not None and not any(stage.streamed_bytes for stage in moved.life.stages):
+            return moved
+        tried = [(lived.cost_s, k) for k in choices if (lived := self._try(self._in_rounds(draft, k))) is not None]
+        for _, k in sorted(tried)[:_MOVED]:
+            lived = self.move(self._in_rounds(draft, k), rings_only=True)
+            if lived is not None and (moved is None or lived.cost_s < moved.cost_s * (1 - _WORTH)):
+                moved = lived
+        return moved
+
+    def _in_rounds(self, draft: _Draft, num_rounds: int) -> _Draft:
+        return msgspec.structs.replace(draft, num_rounds=num_rounds)
+
     def live(self, draft: _Draft, *, units_counted: int = UNITS_COUNTED) -> _Lived:
-        """Raises InfeasiblePlacement where a stage does not fit."""
+        """Raises InfeasiblePlacement where a stage does not fit, or has no layer for some round: only the head may."""
+        few = min((part.num_layers for part in draft.parts[:-1]), default=draft.num_rounds)
+        if few < draft.num_rounds:
+            raise InfeasiblePlacement(f"a device with {few} layers has none for some of {draft.num_rounds} rounds")
         plan = spread(draft.num_rounds, draft.parts, self._model)
         life = live(plan, self._cluster, self._model, prompt_tokens=self._prompt_tokens, units_counted=units_counted)
         cost_s = self._objective.cost_s(first_token_s=life.first_token_s, token_s=life.token_s, slowest_s=life.slowest_s)
@@ -438,22 +524,28 @@ def _replace(draft: _Draft, index: int, **changes: int) -> _Draft:
     return msgspec.structs.replace(draft, parts=(*draft.parts[:index], part, *draft.parts[index + 1 :]))
 
 
-def spread(num_rounds: int, parts: Sequence[_Part], model: ModelProfile) -> WindowPlan:
-    """Layers over windows: those of one device differ by one layer at most, and devices take their larger ones in different
-    rounds."""
+def deal_windows(num_layers: Sequence[int], num_rounds: int) -> list[list[LayerRange]]:
+    """A window of consecutive layers per stage and round, in the order of a token's way: those of one stage differ by one
+    layer at most, and stages take their larger ones in different rounds."""
     per_round = [
-        _deal(part.num_layers, num_rounds, offset=index * num_rounds // max(1, len(parts)))
-        for index, part in enumerate(parts)
+        _deal(count, num_rounds, offset=index * num_rounds // max(1, len(num_layers)))
+        for index, count in enumerate(num_layers)
     ]
-    windows: list[list[LayerRange]] = [[] for _ in parts]
+    windows: list[list[LayerRange]] = [[] for _ in num_layers]
     first = 0
     for window in range(num_rounds):
-        for index in range(len(parts)):
+        for index in range(len(num_layers)):
             stop = first + per_round[index][window]
             windows[index].append(LayerRange(first, stop))
             first = stop
-    if first != model.num_layers:
-        raise ValueError(f"{first} layers are placed, the model has {model.num_layers}")
+    return windows
+
+
+def spread(num_rounds: int, parts: Sequence[_Part], model: ModelProfile) -> WindowPlan:
+    """Layers over windows."""
+    windows = deal_windows([part.num_layers for part in parts], num_rounds)
+    if (placed := sum(part.num_layers for part in parts)) != model.num_layers:
+        raise ValueError(f"{placed} layers are placed, the model has {model.num_layers}")
     return WindowPlan(
         num_rounds=num_rounds,
         stages=tuple(

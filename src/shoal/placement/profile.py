@@ -19,8 +19,9 @@ from shoal.units import MIB
 
 MEMORY_SHARE = 0.8
 """Of free memory, where the owner sets no limit: 20 % head-room."""
-PAGE_CACHE_HEAD_ROOM_BYTES = 32 * MIB
-"""Left free beside resident weights: with 24 MiB or less a full page cache loses single pages and reads them back singly."""
+HEAD_ROOM_BYTES = 32 * MIB
+"""Left free beside resident weights, for what no worker can know before (pages of libraries, tokenizer, template): with 24
+MiB or less a full page cache loses single pages and reads them back singly."""
 BATCH_TOKENS = 32
 """Tokens of the batch whose time per layer is measured for prefill."""
 STREAMING_UNITS_MIN = 2
@@ -78,7 +79,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     `free_bytes` is what it has free, `limit_bytes` what its owner allows, `runtime_bytes` what a worker takes before any
     weights. `disk` is None where weights cannot be streamed. `memory_read_bytes_per_s` is its memory bandwidth and
     `swappable_bytes` what Android moves out of the way; only published planners ask. `spreads` is by field,
-    (highest - lowest) / median.
+    (highest - lowest) / median, `age_s` how long ago that was measured.
     """
 
     id: DeviceId
@@ -92,6 +93,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     memory_read_bytes_per_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0
     swappable_bytes: Bytes = 0
     spreads: dict[str, float] = {}
+    age_s: Seconds = 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -102,7 +104,7 @@ class DeviceProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def weights_room_bytes(self, model: ModelProfile) -> int:
         """Left for weights, ring and KV cache; negative where a worker cannot even start."""
-        return self.memory_bytes - self.runtime_bytes - model.stage_bytes - PAGE_CACHE_HEAD_ROOM_BYTES
+        return self.memory_bytes - self.runtime_bytes - model.stage_bytes - HEAD_ROOM_BYTES
 
 
 class LinkProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,13 +11,11 @@ import contextlib
 import functools
 import os
 import platform
-import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import psutil
@@ -33,9 +31,9 @@ from shoal.errors import (
     ShoalError,
     WorkerLost,
 )
-from shoal.ids import DeviceId, EngineId, ModelHash, NodeId
+from shoal.ids import DeviceId, EngineId, NodeId
 from shoal.runtime.channel import Channel, check_hello, connect, hello
-from shoal.runtime.deployment import LOAD_TIMEOUT_S, Engine, LeasedMember, OwnMember, deploy
+from shoal.runtime.engines import AgentOptions, Cluster, Engines, Send
 from shoal.runtime.errors_by_name import failure
 from shoal.runtime.messages import (
     MESSAGE_BYTES_MAX,
@@ -46,7 +44,6 @@ from shoal.runtime.messages import (
     DeviceStatus,
     Embed,
     EngineLost,
-    EngineOptions,
     Generate,
     Hello,
     ListModels,
@@ -56,7 +53,6 @@ from shoal.runtime.messages import (
     Models,
     Ping,
     Pong,
-    Progress,
     StartWorker,
     Status,
     Survey,
@@ -77,42 +73,10 @@ GREETING_TIMEOUT_S = 5.0
 SURVEY_TIMEOUT_S = 5.0
 GREETING_MAX = 64
 CONNECTIONS_MAX = 256
-_ENGINES_MAX = 8
 
 Request = Generate | Embed | LoadModel | UnloadModel | ListModels | Tokenize | Detokenize | ApplyTemplate
 REQUESTS = (Generate, Embed, LoadModel, UnloadModel, ListModels, Tokenize, Detokenize, ApplyTemplate)
 """What `Agent.serve` answers."""
-
-Send = Callable[[Message], Awaitable[None]]
-
-
-@dataclass(frozen=True)
-class AgentOptions:
-    """What the owner of this device decides.
-
-    `peers` are (host, port) of the other agents; `memory_limit_bytes` None takes a share of what is free.
-    """
-
-    host: str
-    port: int
-    name: str
-    peers: Sequence[tuple[str, int]] = ()
-    model_folders: Sequence[Path] = ()
-    memory_limit_bytes: int | None = None
-    num_threads: int | None = None
-    compute_device: str | None = None
-    has_plain_frames: bool = False
-    """Whether what goes round rings may pass as it is, though its devices could encrypt it: on a wire the owner trusts."""
-
-
-class Cluster(Protocol):
-    """The members of this device's cluster (`node/neighbours.py`)."""
-
-    async def here(self) -> list[Neighbour]:
-        """All others that are here."""
-
-    async def connect(self, neighbour: Neighbour) -> Channel:
-        """To its agent, both ends proven. Raises DeviceUnreachable or DeviceRefused."""
 
 
 @dataclass
@@ -129,9 +93,8 @@ class Agent:
         self._options = options
         self._device = DeviceId(options.name)
         self._store = ModelStore(list(options.model_folders))
-        self._engines: dict[tuple[ModelHash, bytes], Engine] = {}
+        self._engines = Engines(options, self._store, cluster=lambda: self.cluster, known=self._known)
         self._texts = TextWorkers()
-        self._deploying = asyncio.Lock()
         self._counters = _Counters()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -150,6 +113,7 @@ class Agent:
         sock = listen(self._options.host, self._options.port)
         self.port = sock.getsockname()[1]
         self._server = await asyncio.start_server(self._welcome, sock=sock, limit=MESSAGE_BYTES_MAX)
+        self._engines.start()
 
     async def stop(self) -> None:
         """Closes the door and ends every engine and worker."""
@@ -158,8 +122,7 @@ class Agent:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(self._texts.close(), *(engine.close() for engine in self._engines.values()))
-        self._engines.clear()
+        await asyncio.gather(self._texts.close(), self._engines.close())
 
     # ---- conversations
 
@@ -171,6 +134,12 @@ class Agent:
             return
         self._num_greeting += 1  # now, not when its task begins: many may come before that
         self._keep(self._secure(sock, trust))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` beside everything else; it ends with the agent at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def part_from(self, node: NodeId) -> None:
         """It is no member any more: what it lends and what it borrows ends."""
@@ -266,11 +235,11 @@ class Agent:
         try:
             match request:
                 case Generate() | Embed():
-                    await self._answer(request, send)
+                    await self._engines.answer(request, send)
                 case LoadModel():
-                    await send((await self._engine_for(request, send)).description)
+                    await send((await self._engines.load(request, send)).description)
                 case UnloadModel():
-                    await self._unload(request)
+                    await self._engines.unload(request)
                     await send(Unloaded())
                 case ListModels():
                     await send(Models(await asyncio.to_thread(self._store.entries)))
@@ -280,7 +249,7 @@ class Agent:
         except LinkError:
             raise
         except WorkerLost as error:
-            await self._sweep()
+            await self._engines.sweep()
             await _try_send(send, failure(WorkerLost(f"the answer was cut off: {error}; ask again")))
         except (ShoalError, ValueError) as error:
             await _try_send(send, failure(error))
@@ -336,7 +305,7 @@ class Agent:
             has_model=found,
             model_folders=[str(folder) for folder in self._store.folders],
             engines=[
-                *(f"{engine.description.model} (head)" for engine in self._engines.values() if not engine.is_lost),
+                *(f"{name} (head)" for name in self._engines.models()),
                 *self._counters.leases.values(),
             ],
             num_refused_frames=self._counters.refused_frames,
@@ -349,9 +318,6 @@ class Agent:
             *(self._ask_peer(address, connecting()) for address, connecting in await self._doors())
         )
         return Status([own, *others])
-
-    async def _neighbours(self) -> list[Neighbour]:
-        return await self.cluster.here() if self.cluster is not None else []
 
     async def _ask_peer(self, address: str, connecting: Awaitable[Channel]) -> DeviceStatus:
         try:
@@ -367,137 +333,6 @@ class Agent:
             return DeviceStatus(address, None, None, str(error))
         finally:
             await channel.close()
-
-    # ---- as the head
-
-    async def _answer(self, request: Generate | Embed, send: Send) -> None:
-        engine = await self._engine_for(request, send)
-        await send(engine.description)
-        async with contextlib.aclosing(engine.answer(request)) as messages:
-            async for message in messages:
-                await send(message)
-
-    async def _unload(self, request: UnloadModel) -> None:
-        path = self._store.resolve(request.model)
-        model = await asyncio.to_thread(self._store.identify, path)
-        engine = self._engines.pop(_engine_key(model, request.options), None)
-        if engine is not None:
-            await engine.close_when_idle()
-
-    async def _engine_for(self, request: Generate | Embed | LoadModel, report: Send) -> Engine:
-        path = self._store.resolve(request.model)
-        await report(Progress(f"reading {path.name}"))
-        model = await asyncio.to_thread(self._store.identify, path)
-        key = _engine_key(model, request.options)
-        async with self._deploying:
-            await self._sweep()
-            if key not in self._engines:
-                while len(self._engines) >= _ENGINES_MAX:
-                    await self._engines.pop(next(iter(self._engines))).close()
-                may_stream = not isinstance(request, LoadModel) or request.may_stream
-                engine = await self._deploy(path, model, request.options, report, may_stream=may_stream)
-                self._engines[key] = engine
-                self._keep(self._close_when_lost(engine))
-            return self._engines[key]
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work` beside everything else; it ends with the agent at the latest."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _close_when_lost(self, engine: Engine) -> None:
-        await engine.wait_idle_and_lost()
-        await self._sweep()
-
-    async def _sweep(self) -> None:
-        """Ends what is left of engines that lost a device."""
-        for key, engine in list(self._engines.items()):
-            if engine.is_lost:
-                del self._engines[key]
-                await engine.close()
-
-    async def _deploy(
-        self, path: Path, model: ModelFile, options: EngineOptions, report: Any, *, may_stream: bool
-    ) -> Engine:
-        options = msgspec.structs.replace(
-            options,
-            num_threads=options.num_threads or self._options.num_threads,
-            compute_device=options.compute_device or self._options.compute_device,
-            encrypts=False if self._options.has_plain_frames else options.encrypts,
-        )
-        memory_bytes = {self._device: usable_memory_bytes(self._options.memory_limit_bytes)}
-        others: list[LeasedMember] = []
-        worker: WorkerProcess | None = None
-        try:
-            for host, port in self._options.peers:
-                await report(Progress(f"calling {host}:{port}"))
-                member, usable_bytes = await _lease_from(connect(host, port), model, path)
-                others.append(member)
-                if member.device in memory_bytes:
-                    raise DeviceRefused(f"two devices call themselves {member.device}: start one with another --name")
-                memory_bytes[member.device] = usable_bytes
-            left_out = await self._lease_from_members(model, path, report, others, memory_bytes)
-            worker = await WorkerProcess.start()
-        except BaseException:
-            await asyncio.gather(*(member.release() for member in others))
-            raise
-        own = _OwnMember(self._device, self._ring_host(others), worker, path)
-        return await deploy(
-            [own, *others],
-            own,
-            engine=EngineId(secrets.randbits(63) | 1),
-            model=model,
-            options=options,
-            memory_bytes=memory_bytes,
-            may_stream=may_stream,
-            left_out=left_out,
-            report=report,
-        )
-
-    async def _lease_from_members(
-        self,
-        model: ModelFile,
-        path: Path,
-        report: Any,
-        others: list[LeasedMember],
-        memory_bytes: dict[DeviceId, int],
-    ) -> list[tuple[DeviceId, str]]:
-        """Adds everybody in the cluster who is here and has the model. Returns who is left out, and why."""
-        cluster, neighbours = self.cluster, await self._neighbours()
-        if cluster is None or not neighbours:
-            return []
-        await report(Progress(f"calling {', '.join(neighbour.name for neighbour in neighbours)}"))
-        leases = await asyncio.gather(
-            *(_lease_from(cluster.connect(neighbour), model, path) for neighbour in neighbours), return_exceptions=True
-        )
-        left_out: list[tuple[DeviceId, str]] = []
-        failure: BaseException | None = None
-        for neighbour, lease in zip(neighbours, leases, strict=True):
-            if isinstance(lease, ShoalError):
-                left_out.append((DeviceId(neighbour.name), str(lease)))
-            elif isinstance(lease, BaseException):
-                failure = lease
-            else:
-                member, usable_bytes = lease
-                if member.device in memory_bytes:
-                    member.device = DeviceId(f"{member.device}-{neighbour.node[:4]}")
-                others.append(member)
-                memory_bytes[member.device] = usable_bytes
-                self._keep(self._hold(member))
-        if failure is not None:
-            raise failure
-        return left_out
-
-    async def _hold(self, member: LeasedMember) -> None:
-        """As long as a lease lasts, the member's removal ends it."""
-        with self._known(member.channel):
-            await member.channel.wait_closed()
-
-    def _ring_host(self, others: Sequence[LeasedMember]) -> str:
-        """Where the ring's last stage reaches this device: all addresses, where not all reach it at the same."""
-        hosts = {member.head_host for member in others}
-        return hosts.pop() if len(hosts) == 1 else ("0.0.0.0" if hosts else self._options.host)
 
     # ---- as another's member
 
@@ -524,46 +359,6 @@ class Agent:
         finally:
             del self._counters.leases[start.engine]
             await worker.stop()
-
-
-class _OwnMember(OwnMember):
-    """This device's worker, which is told the path of the model that others know by its hash."""
-
-    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, path: Path) -> None:
-        super().__init__(device, host, worker)
-        self._path = path
-
-    async def ask(self, message: Message, kind: type[Any], *, timeout_s: float) -> Any:
-        if isinstance(message, StartWorker):
-            message = msgspec.structs.replace(message, model_path=str(self._path), ring_host=self.host)
-        return await super().ask(message, kind, timeout_s=timeout_s)
-
-
-async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
-    """Connects to a peer and makes sure that it has the model.
-
-    Raises:
-        DeviceUnreachable: no answer.
-        ModelNotFound: with the command that copies the file there.
-    """
-    channel = await connecting
-    host = channel.peer_host
-    try:
-        await channel.send(AskSurvey(model))
-        # A peer that has not seen its files before hashes them now.
-        survey = await channel.expect(Survey, timeout_s=LOAD_TIMEOUT_S)
-        if survey.is_paused:
-            raise DeviceRefused(f"{survey.device} is paused by its owner: `shoal resume` there ends that")
-        if not survey.has_model:
-            raise ModelNotFound(
-                f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
-                f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
-            )
-        round_trip_s = await channel.round_trip_s()
-    except BaseException:
-        await channel.close()
-        raise
-    return LeasedMember(survey.device, host, channel, round_trip_s=round_trip_s), survey.memory_usable_bytes
 
 
 async def _relay(channel: Channel, worker: WorkerProcess | Channel) -> None:
@@ -599,10 +394,6 @@ async def _try_send(send: Send, message: Message) -> None:
 
 def _where(neighbour: Neighbour) -> str:
     return neighbour.addresses[0] if neighbour.addresses else neighbour.name
-
-
-def _engine_key(model: ModelFile, options: EngineOptions) -> tuple[ModelHash, bytes]:
-    return model.hash, msgspec.json.encode(options)
 
 
 def default_name() -> str:

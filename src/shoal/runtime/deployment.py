@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
 
-from shoal.errors import DeviceError, DeviceRefused, LinkClosed, RequestError, WorkerLost
+from shoal.errors import DeviceError, DeviceRefused, LinkClosed, WorkerLost
 from shoal.ids import DeviceId, EngineId, ModelHash
-from shoal.placement.contiguous import place_by_hand, place_layers
-from shoal.placement.device import Device, ModelSize, Placement
+from shoal.placement.drift import Answered, DriftWatch, PlanAnew
+from shoal.placement.planner import Plan
 from shoal.runtime.channel import Channel
 from shoal.runtime.messages import (
     AnyMessage,
@@ -41,21 +41,12 @@ from shoal.runtime.messages import (
     StartWorker,
     WorkerReport,
 )
+from shoal.runtime.question import Candidate, Question
 from shoal.runtime.worker_process import WorkerProcess
-from shoal.units import MIB
 
 MEASURE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 70.0
-CONTEXT_DEFAULT = 4096
-MICRO_BATCH = 512
-MICRO_BATCH_RING = 128
-"""Of several devices: with few micro-batches they wait for each other at a prompt's beginning and end. Half of it would make
-up for no more of that, and smaller ones compute more slowly."""
-MICRO_BATCH_STREAMING = 64
-"""Less room for activations is more for weights, which are read for every token; prompts are read more often for it."""
-GROWTH_BYTES = 48 * MIB
-"""What a worker takes beyond what it had when it was measured: tokenizer, template, graphs, its part of the libraries."""
 
 Answer = TypeVar("Answer", bound=Message)
 _LAST = (Finished, Embedded, Failed)
@@ -141,18 +132,41 @@ class OwnMember:
 
 
 class Engine:
-    """A model that stands ready over some devices. One request at a time, first come, first served."""
+    """A model that stands ready over some devices. One request at a time, first come, first served.
 
-    def __init__(self, members: Sequence[Member], own: OwnMember, description: EngineDescription) -> None:
+    `question` is what its `plan` answers.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        own: OwnMember,
+        description: EngineDescription,
+        question: Question,
+        plan: Plan,
+        *,
+        micro_batch: int,
+    ) -> None:
         self._members = members
         self._own = own
         self.description = description
+        self.question, self.plan, self.micro_batch = question, plan, micro_batch
+        self.is_closing = False
+        """Whether it makes way for another, which who comes now should wait for."""
+        self._drift = DriftWatch({stage.device: stage.life.compute_s for stage in plan.stages})
         self._turn = asyncio.Lock()
         self._leaving: asyncio.Task[None] | None = None  # one at a time, since it has the turn
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         # Whoever waits for the worker's next word learns of a loss at once, without a task per token to listen for it.
         self._lost.add_done_callback(lambda lost: own.worker.interrupt(WorkerLost(lost.result())))
         self._watchers = [asyncio.create_task(self._watch(member)) for member in members]
+
+    def observe(self, finished: Finished) -> PlanAnew | None:
+        """Says whether, after this answer, the devices are no longer what the plan was made for."""
+        if not self.question.is_open or not finished.stages:
+            return None
+        seen_s = {stage.device: times.compute_s for stage, times in zip(self.plan.stages, finished.stages, strict=True)}
+        return self._drift.step(Answered(len(finished.token_ids) - 1, seen_s), time.monotonic())
 
     @property
     def is_lost(self) -> bool:
@@ -224,6 +238,7 @@ class Engine:
 
     async def close_when_idle(self) -> None:
         """Lets those finish who are being answered or wait for it, then closes."""
+        self.is_closing = True
         async with self._turn:
             await self.close()
 
@@ -246,6 +261,7 @@ async def deploy(
     memory_bytes: dict[DeviceId, int],
     may_stream: bool,
     left_out: Sequence[tuple[DeviceId, str]] = (),
+    layer_s: Mapping[DeviceId, float],
     report: Report,
 ) -> Engine:
     """Makes an engine of these devices.
@@ -255,34 +271,31 @@ async def deploy(
             released here.
         left_out: devices that were asked and do not take part, and why.
         may_stream: whether weights that do not fit are read from disk for every token; else the model is refused.
+        layer_s: what a layer was seen to take lately, by device; others are measured.
 
     Raises:
         ShoalError: what a device refused or lost, or InfeasiblePlacement.
     """
     try:
-        reports = await _measure(members, engine, model, options, memory_bytes, report)
-        context = _context(options, reports[0])
-        inputs = (members, reports, memory_bytes, options, context, may_stream)
-        micro_batch = options.micro_batch or (MICRO_BATCH_RING if len(members) > 1 else MICRO_BATCH)
-        placement = _place(*inputs, micro_batch=micro_batch)
-        if options.micro_batch is None and any(stage.weights_bytes is not None for stage in placement.stages):
-            micro_batch = MICRO_BATCH_STREAMING
-            placement = _place(*inputs, micro_batch=micro_batch)
-        stages = await _load(members, placement, options, context=context, micro_batch=micro_batch, report=report)
-        used = _in_ring_order(members, placement)
+        reports = await measure(members, engine, model, options, memory_bytes, report)
+        question = Question(candidates_of(members, reports, memory_bytes), options, may_stream).seen(layer_s)
+        await report(Progress("planning"))
+        plan, micro_batch = await asyncio.to_thread(question.answer)
+        stages = await _load(members, plan, options, memory_bytes, micro_batch=micro_batch, report=report)
+        used = _in_ring_order(members, plan)
         for member in members:
             if member not in used:
                 await member.release()
         await _connect(used, stages)
-        description = _describe(placement, members, reports, stages, model.hash, context)
+        description = _describe(plan, members, reports, stages, model.hash)
         description = msgspec.structs.replace(description, left_out=[*left_out, *description.left_out])
-        return Engine(used, own, description)
+        return Engine(used, own, description, question, plan, micro_batch=micro_batch)
     except BaseException:
         await asyncio.gather(*(member.release() for member in members))
         raise
 
 
-async def _measure(
+async def measure(
     members: Sequence[Member],
     engine: EngineId,
     model: ModelFile,
@@ -290,7 +303,12 @@ async def _measure(
     memory_bytes: dict[DeviceId, int],
     report: Report,
 ) -> list[WorkerReport]:
-    """One device after the other: several of them may share one machine, where they would measure each other."""
+    """What the members' workers are and can do. One device after the other: several of them may share one machine, where
+    they would measure each other.
+
+    Raises:
+        ShoalError: what a device refused or lost.
+    """
     encrypts = all(member.is_proven for member in members) if options.encrypts is None else options.encrypts
     reports = []
     for index, member in enumerate(members):
@@ -302,90 +320,56 @@ async def _measure(
             compute_device=options.compute_device,
             repack=options.repack,
             memory_bytes=memory_bytes[member.device],
+            head=isinstance(member, OwnMember),
             encrypts=encrypts,
         )
         reports.append(await member.ask(start, WorkerReport, timeout_s=MEASURE_TIMEOUT_S))
     return reports
 
 
-def _context(options: EngineOptions, report: WorkerReport) -> int:
-    if options.context is not None and options.context > report.context_length:
-        raise RequestError(
-            f"--context {options.context}: {report.model_name} was made for at most {report.context_length} tokens"
-        )
-    return options.context or min(CONTEXT_DEFAULT, report.context_length)
-
-
-def _place(
-    members: Sequence[Member],
-    reports: Sequence[WorkerReport],
-    memory_bytes: dict[DeviceId, int],
-    options: EngineOptions,
-    context: int,
-    may_stream: bool,
-    *,
-    micro_batch: int,
-) -> Placement:
-    head = reports[0]
-    runtime_bytes = max(measured.runtime_bytes for measured in reports)
-    model = ModelSize(
-        layer_bytes=tuple(head.layer_bytes),
-        output_bytes=head.output_bytes,
-        cache_bytes_per_layer=head.cache_bytes_per_token_and_layer * context,
-        # A stage's widest activations are a few times its hidden states; two frames wait on each link.
-        overhead_bytes=runtime_bytes + GROWTH_BYTES + 12 * micro_batch * head.hidden_size * 4,
-        ring_bytes=max(measured.ring_bytes_min for measured in reports),
-    )
-    devices = [
-        Device(
-            id=member.device,
-            layer_s=measured.layer_s,
-            # The other ways do not ask how much there is: the system, or the window, sees to it.
-            memory_bytes=memory_bytes[member.device] if options.residency == "auto" else sys.maxsize,
-            read_bytes_per_s=measured.read_bytes_per_s if may_stream else 0.0,
-        )
+def candidates_of(
+    members: Sequence[Member], reports: Sequence[WorkerReport], memory_bytes: Mapping[DeviceId, int]
+) -> tuple[Candidate, ...]:
+    """The members for the planner, in their order."""
+    return tuple(
+        Candidate(member.device, measured, memory_bytes[member.device], member.round_trip_s)
         for member, measured in zip(members, reports, strict=True)
-    ]
-    # Only the head's own links are measured: the others are taken to be as long.
-    hop_s = sum(member.round_trip_s for member in members) / 2 / max(1, len(members) - 1)
-    if options.layer_counts is not None:
-        return place_by_hand(devices, model, options.layer_counts, rounds=options.rounds, hop_s=hop_s)
-    return place_layers(devices, model, rounds=options.rounds, hop_s=hop_s)
+    )
 
 
-def _in_ring_order(members: Sequence[Member], placement: Placement) -> list[Member]:
+def _in_ring_order(members: Sequence[Member], plan: Plan) -> list[Member]:
     by_device = {member.device: member for member in members}
-    return [by_device[stage.device] for stage in placement.stages]
+    return [by_device[stage.device] for stage in plan.stages]
 
 
 async def _load(
     members: Sequence[Member],
-    placement: Placement,
+    plan: Plan,
     options: EngineOptions,
+    memory_bytes: dict[DeviceId, int],
     *,
-    context: int,
     micro_batch: int,
     report: Report,
 ) -> list[StageReady]:
     await report(Progress("loading layers"))
 
     async def load(member: Member, index: int) -> StageReady:
-        stage = placement.stages[index]
+        stage, life = plan.stages[index], plan.stages[index].life
         assign = AssignLayers(
             windows=list(stage.windows),
-            context=context,
+            context=plan.context,
             micro_batch=micro_batch,
-            num_stages=len(placement.stages),
-            head=stage is placement.head,
-            memory_bytes=None if stage.weights_bytes is None else stage.needed_bytes,
-            idle_s=placement.token_s - stage.token_s,
-            ring_bytes=stage.ring_bytes if len(placement.stages) > 1 else 0,
+            num_stages=len(plan.stages),
+            head=stage is plan.head,
+            memory_bytes=memory_bytes[stage.device] if life.streamed_bytes else None,
+            idle_s=plan.token_s - life.compute_s - life.disk_wait_s,
+            ring_bytes=life.ring_bytes if len(plan.stages) > 1 else 0,
             residency=options.residency,
             window_layers=options.window_layers,
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
 
-    ring = _in_ring_order(members, placement)
+    ring = _in_ring_order(members, plan)
     return list(await asyncio.gather(*(load(member, index) for index, member in enumerate(ring))))
 
 
@@ -414,16 +398,13 @@ async def _connect(ring: Sequence[Member], stages: Sequence[StageReady]) -> None
 
 
 def _describe(
-    placement: Placement,
+    plan: Plan,
     members: Sequence[Member],
     reports: Sequence[WorkerReport],
     stages: Sequence[StageReady],
     model_hash: ModelHash,
-    context: int,
 ) -> EngineDescription:
     measured = {member.device: report for member, report in zip(members, reports, strict=True)}
-    if placement.head.device not in measured:
-        raise DeviceRefused("the head is no member of its own engine")
     return EngineDescription(
         model=reports[0].model_name,
         model_hash=model_hash,
@@ -435,13 +416,14 @@ def _describe(
                 memory_bytes=(
                     ready.mapped_bytes + ready.copied_bytes + ready.ring_bytes + ready.cache_bytes + ready.activation_bytes
                 ),
-                head=stage is placement.head,
+                head=stage is plan.head,
                 streamed_bytes=ready.streamed_bytes,
             )
-            for stage, ready in zip(placement.stages, stages, strict=True)
+            for stage, ready in zip(plan.stages, stages, strict=True)
         ],
-        context=context,
-        left_out=[(device, reason) for device, reason in placement.left_out],
+        context=plan.context,
+        token_s=plan.token_s,
+        left_out=[(left.device, left.reason) for left in plan.left_out],
         hidden_size=reports[0].hidden_size,
         encrypts=len(stages) > 1 and all(stage.ring_key for stage in stages),
     )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from shoal.ids import DeviceId, EngineId, LayerRange, ModelHash
+from shoal.placement.baselines import BaselineName
 
 CONTROL_PROTOCOL = 1
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024
@@ -126,9 +127,11 @@ class StartWorker(Message, frozen=True):
     ring_host: str = ""
     repack: bool = True
     for_plan: bool = False
-    """Measure as thoroughly as a plan deserves, which takes longer than an engine's start should."""
+    """Measure as thoroughly as a plan deserves, or use what was so measured; a small model's engine starts without."""
+    fresh: bool = False
+    """Measure whatever is kept."""
     head: bool = False
-    """For a plan: time the output projection too."""
+    """Time the output projection too, where it is measured thoroughly."""
     memory_bytes: int | None = None
     """What the model may use on this device; where that is little, the worker measures the disk too."""
     encrypts: bool = False
@@ -162,6 +165,9 @@ class WorkerReport(Message, frozen=True):
     """How this device reads past the page cache: a `ReadMode` of `placement/profile.py`."""
     spreads: dict[str, float] = {}
     """By field, (longest - shortest) / median of its repetitions."""
+    embedding_row_bytes: int = 0
+    age_s: float = 0.0
+    """How long ago it was measured: profiles are kept."""
 
 
 class AssignLayers(Message, frozen=True):
@@ -255,6 +261,9 @@ ResidencyMode = Literal["auto", "mmap", "window"]
 sliding window of some layers (TPI-LLM's)."""
 
 
+PlacementName = Literal["planned"] | BaselineName
+
+
 class EngineOptions(msgspec.Struct, frozen=True):
     """What the owner may decide about an engine; other values make another engine."""
 
@@ -263,6 +272,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """Most tokens computed at once; None is 512 on one device, 128 over several, which compute different ones at a time, and
     64 where weights are streamed and want the memory."""
     layer_counts: list[int] | None = None
+    placement: PlacementName = "planned"
+    """Who holds which layers, where `layer_counts` does not say it: our planner, or a published way."""
     rounds: int | None = None
     """How often a token goes round the ring; None leaves it to the planner."""
     residency: ResidencyMode = "auto"
@@ -369,6 +380,8 @@ class EngineDescription(Message, frozen=True):
     hidden_size: int = 0
     encrypts: bool = False
     """Whether its devices proved to each other who they are, and what goes round is encrypted."""
+    token_s: float = 0.0
+    """What a token is predicted to take."""
 
 
 class Accepted(Message, frozen=True):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import platformdirs
 
 from shoal.errors import ModelNotFound
 from shoal.ids import ModelHash
+from shoal.runtime.kept import KeptRecords
 from shoal.runtime.messages import ModelEntry, ModelFile
 
 _CHUNK_BYTES = 8 * 1024 * 1024
@@ -43,7 +43,7 @@ class ModelStore:
 
     def __init__(self, folders: list[Path], *, cache_folder: Path | None = None) -> None:
         self.folders = [*folders, *default_folders()]
-        self._cache_path = (cache_folder or Path(platformdirs.user_cache_dir("shoal"))) / "model-hashes.json"
+        self._hashes = KeptRecords("model-hashes", folder=cache_folder)
 
     def resolve(self, name: str) -> Path:
         """The file that a user means: a path, `owner/repo[:QUANT]`, or a file's name with or without `.gguf`.
@@ -97,12 +97,11 @@ class ModelStore:
             return ModelHash(resolved.name)
         status = resolved.stat()
         key, stamp = str(resolved), [status.st_size, status.st_mtime_ns]
-        kept = self._load()
-        entry = kept.get(key)
+        entry = self._hashes.get(key)
         if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
             return ModelHash(entry["sha256"])
         digest = _hash(resolved, status.st_size, progress)
-        self._save({**self._load(), key: {"stamp": stamp, "sha256": digest}})
+        self._hashes.put(key, {"stamp": stamp, "sha256": digest})
         return ModelHash(digest)
 
     def describe_folders(self) -> str:
@@ -111,21 +110,6 @@ class ModelStore:
     def _files(self) -> Iterator[Path]:
         for folder in self.folders:
             yield from _gguf_files(folder, depth=_FOLDER_DEPTH_MAX)
-
-    def _load(self) -> dict[str, object]:
-        try:
-            kept = json.loads(self._cache_path.read_text())
-        except (OSError, ValueError):
-            return {}
-        return kept if isinstance(kept, dict) else {}
-
-    def _save(self, hashes: dict[str, object]) -> None:
-        # A cache: a folder that cannot be written to costs time, not the answer.
-        with contextlib.suppress(OSError):
-            self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._cache_path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(hashes, indent=1))
-            temporary.replace(self._cache_path)
 
 
 def _gguf_files(folder: Path, *, depth: int) -> Iterator[Path]:

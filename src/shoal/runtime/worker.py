@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
 
+import msgspec
+
 from shoal import __version__
 from shoal.compute.backend import Backend
 from shoal.compute.gguf import GGUFFile, TensorInfo
@@ -29,10 +31,12 @@ from shoal.compute.streaming import Streaming, measure_read_rate, read_mode, rin
 from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
 from shoal.ids import EngineId
 from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
+from shoal.placement.profile import HEAD_ROOM_BYTES
 from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
 from shoal.runtime.free_memory import PageFaults, available_bytes
+from shoal.runtime.kept_profiles import KeptProfiles, Measured, profile_key
 from shoal.runtime.messages import (
     AnyMessage,
     AssignLayers,
@@ -51,16 +55,16 @@ from shoal.runtime.messages import (
     decode,
     encode,
 )
-from shoal.runtime.profile import ComputeProfile, own_bytes
+from shoal.runtime.profile import ComputeProfile, num_physical_cores, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
 from shoal.transport.link import Inbound, Outbound, RingKeys, RingListener, dial
 from shoal.units import MIB
 
+_THOROUGH_BYTES = 256 * MIB
+"""Models from this size are measured as a plan deserves, once: loading them takes as long."""
 _FITS_SURELY_BYTES = 1024 * MIB
 """A memory larger than twice the model's file, and by this, surely holds it with its cache and the runtime."""
-_HEAD_ROOM_BYTES = 32 * MIB
-"""For what no worker can know before: pages of programs and libraries, sockets, tokenizer and template."""
 _SPARE_BYTES = 64 * MIB
 """Where less than this is free on the device, weights that were copied are given up for such that the system can take."""
 _RING_TIMEOUT_S = 60.0
@@ -153,25 +157,18 @@ class Worker:
                 self._pipe.send(failure(error))
 
     def _measure(self, start: StartWorker) -> None:
-        profile = ComputeProfile(
-            self._model,
-            self._backend,
-            num_threads=start.num_threads,
-            repack=start.repack,
-            for_plan=start.for_plan,
-            head=start.head,
-            memory_bytes=start.memory_bytes,
-        )
-        self._threads = ThreadCounts(profile.num_threads, profile.num_threads_prefill)
-        self._layer_s = profile.layer.seconds
-        self._read_bytes_per_s = self._read_rate(start.memory_bytes)
+        measured, now_s = self._measured(start), time.time()
+        self._threads = ThreadCounts(measured.num_threads, measured.num_threads_prefill)
+        self._layer_s = measured.layer_s
+        self._read_bytes_per_s = measured.read_bytes_per_s
+        self._runtime_bytes = max(own_bytes(), measured.runtime_bytes)
         shape = self._model.shape
         self._pipe.send(
             WorkerReport(
-                layer_s=profile.layer.seconds,
-                num_threads=profile.num_threads,
-                num_threads_prefill=profile.num_threads_prefill,
-                runtime_bytes=own_bytes(),
+                layer_s=measured.layer_s,
+                num_threads=measured.num_threads,
+                num_threads_prefill=measured.num_threads_prefill,
+                runtime_bytes=self._runtime_bytes,
                 layer_bytes=self._model.layer_bytes,
                 output_bytes=self._model.output_bytes,
                 cache_bytes_per_token_and_layer=shape.kv_bytes_per_token_and_layer,
@@ -180,20 +177,67 @@ class Worker:
                 model_name=shape.name,
                 description=describe(shape),
                 compute_device=self._backend.device_name,
-                read_bytes_per_s=self._read_bytes_per_s,
+                read_bytes_per_s=measured.read_bytes_per_s,
                 ring_bytes_min=ring_bytes_min(self._model),
-                batch_layer_s=profile.batch_layer.seconds,
-                output_s=profile.output.seconds if profile.output else 0.0,
-                read_mode=read_mode(self._model.path) if self._read_bytes_per_s else "direct",
-                spreads=profile.spreads,
+                batch_layer_s=measured.batch_layer_s,
+                output_s=measured.output_s,
+                read_mode=measured.read_mode,
+                spreads=measured.spreads,
+                embedding_row_bytes=self._model.file.tensors["token_embd.weight"].num_bytes // shape.vocab_size,
+                age_s=max(0.0, now_s - measured.measured_s),
             )
         )
 
-    def _read_rate(self, memory_bytes: int | None) -> float:
-        """Measured only where this device may have to stream: the disk is the owner's too."""
+    def _measured(self, start: StartWorker) -> Measured:
+        """What this device can do, as it is kept or measured now."""
         path = self._model.path
-        fits = memory_bytes is None or memory_bytes > 2 * path.stat().st_size + _FITS_SURELY_BYTES
-        return 0.0 if fits or not self._backend.is_host else measure_read_rate(path)
+        # A small model starts at once, and is hardly worth more than knowing which number of threads suits it.
+        is_thorough = start.for_plan or path.stat().st_size >= _THOROUGH_BYTES
+        key = profile_key(
+            path,
+            start.model.hash,
+            compute_device=self._backend.device_name,
+            num_threads=start.num_threads,
+            num_cores=num_physical_cores(),
+            repack=start.repack,
+        )
+        kept = KeptProfiles()
+        found = None if start.fresh else kept.find(key, now_s=time.time())
+        measured = found
+        if measured is None or (start.head and not measured.is_complete):
+            measured = self._measured_anew(start, is_thorough=is_thorough)
+        if not measured.read_bytes_per_s and self._may_stream(start.memory_bytes):
+            measured = msgspec.structs.replace(measured, read_bytes_per_s=measure_read_rate(path), read_mode=read_mode(path))
+        if is_thorough and measured is not found:
+            kept.keep(key, measured)
+        return measured
+
+    def _measured_anew(self, start: StartWorker, *, is_thorough: bool) -> Measured:
+        profile = ComputeProfile(
+            self._model,
+            self._backend,
+            num_threads=start.num_threads,
+            repack=start.repack,
+            for_plan=is_thorough,
+            head=start.head,
+            memory_bytes=start.memory_bytes,
+        )
+        return Measured(
+            layer_s=profile.layer.seconds,
+            batch_layer_s=profile.batch_layer.seconds,
+            output_s=profile.output.seconds if profile.output else 0.0,
+            is_complete=start.head,
+            runtime_bytes=own_bytes(),
+            num_threads=profile.num_threads,
+            num_threads_prefill=profile.num_threads_prefill,
+            spreads=profile.spreads,
+            measured_s=time.time(),
+        )
+
+    def _may_stream(self, memory_bytes: int | None) -> bool:
+        """Whether the disk's rate is worth measuring: it is the owner's too."""
+        size = self._model.path.stat().st_size
+        return self._backend.is_host and memory_bytes is not None and memory_bytes <= 2 * size + _FITS_SURELY_BYTES
 
     def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
         self._watch: MemoryWatch | None = None
@@ -300,7 +344,7 @@ class Worker:
         empty.close()
         frame_bytes = 4 * self._model.shape.hidden_size * assigned.micro_batch
         num_frames = assigned.num_stages + 2 if assigned.num_stages > 1 else 1
-        return own_bytes() + stage_bytes + num_frames * frame_bytes + _HEAD_ROOM_BYTES
+        return max(own_bytes(), self._runtime_bytes) + stage_bytes + num_frames * frame_bytes + HEAD_ROOM_BYTES
 
     def _keep_within_memory(self, assigned: AssignLayers) -> None:
         """Streams what the owner's programs took of the memory, and takes it back when they are done."""

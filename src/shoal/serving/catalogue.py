@@ -18,7 +18,8 @@ import msgspec
 
 from shoal.errors import InfeasiblePlacement, ModelNotFound, ShoalError
 from shoal.runtime import errors_by_name
-from shoal.runtime.agent import Request, Send
+from shoal.runtime.agent import Request
+from shoal.runtime.engines import Send
 from shoal.runtime.messages import (
     EngineDescription,
     EngineOptions,
