@@ -44,8 +44,8 @@ def parse_bytes(text: str) -> int:
 
 
 def format_age(seconds: float) -> str:
-    """How long ago something was, in one unit: `40 s`, `5 min`, `3 h`, `2 d`."""
-    for size_s, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= size_s:
-            return f"{seconds / size_s:.0f} {name}"
-    return f"{seconds:.0f} s"
+    """How long ago something was: '0.3 s', '12 s', '4 min', '3 h', '2 days'."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10.0 else f"{seconds:.0f} s"

@@ -19,7 +19,8 @@ from shoal.compute.model import Model
 from shoal.errors import DeviceUnreachable, ModelNotFound
 from shoal.ids import EngineId
 from shoal.placement.profile import Cluster, DeviceProfile, ModelProfile
-from shoal.runtime.cluster_profile import device_of_report, links_from_round_trips, model_of_file
+from shoal.runtime.channel import HERE, Distance
+from shoal.runtime.cluster_profile import device_of_report, links_from_head, model_of_file
 from shoal.runtime.deployment import LOAD_TIMEOUT_S, MEASURE_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, ModelFile, StartWorker, Status, Survey, Through, WorkerReport
 from shoal.runtime.model_store import ModelStore
@@ -52,7 +53,7 @@ def model_profile(path: Path, *, context: int | None) -> ModelProfile:
 
 
 async def ask_cluster(
-    store: ModelStore, path: Path, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float, fresh: bool
+    store: ModelStore, path: Path, *, agent: str | None, own_agent: list[str], link_bytes_per_s: float | None, fresh: bool
 ) -> Measured:
     """Measures the devices of the agent at `agent`, of this device's, or of one that is started with `own_agent` for it.
 
@@ -73,28 +74,30 @@ async def ask_cluster(
 
 
 async def measure_cluster(
-    address: str, model: ModelFile, *, link_bytes_per_s: float, fresh: bool, report: Callable[[str], None]
+    address: str, model: ModelFile, *, link_bytes_per_s: float | None, fresh: bool, report: Callable[[str], None]
 ) -> Measured:
     """The agent at `address` becomes the head; it and its peers are measured, or say what they were measured to do lately;
-    `fresh` wants it measured now.
+    `fresh` wants it measured now. `link_bytes_per_s` takes the place of what links were measured to carry.
 
     Raises:
         DeviceUnreachable: a peer does not answer.
         ModelNotFound: a device lacks the model.
     """
-    devices, round_trips_s, assumed = [], [], []
+    devices, distances, assumed = [], [], []
     for peer in (None, *await _peers_of(address)):
         report(f"measuring {peer or address}")
-        device, round_trip_s = await _measure_device(address, peer, model, fresh=fresh)
+        device, distance = await _measure_device(address, peer, model, fresh=fresh)
         devices.append(device)
-        round_trips_s.append(round_trip_s)
+        if link_bytes_per_s is not None and peer is not None:
+            distance = distance._replace(bytes_per_s=link_bytes_per_s)
+        distances.append(distance)
     if "output_s" not in devices[0].spreads:
         assumed.append(f"{devices[0].id} projects to its vocabulary as fast as it computes layers of as many bytes")
-    if len(devices) > 1:
-        assumed.append(f"links carry {format_bytes(link_bytes_per_s)}/s (shoal plan --link-rate)")
+    if len(devices) > 1 and link_bytes_per_s is not None:
+        assumed.append(f"links carry {format_bytes(int(link_bytes_per_s))}/s (--link-rate)")
     if len(devices) > 2:
-        assumed.append("between two peers the round trip is the longer one of theirs from here")
-    links = links_from_round_trips([device.id for device in devices], round_trips_s, bytes_per_s=link_bytes_per_s)
+        assumed.append("between two peers: the longer of their round trips from here, the slower of their links")
+    links = links_from_head([device.id for device in devices], distances)
     return Measured(Cluster(devices=tuple(devices), links=links), tuple(assumed))
 
 
@@ -115,7 +118,9 @@ async def _peers_of(address: str) -> list[str]:
     return peers
 
 
-async def _measure_device(address: str, peer: str | None, model: ModelFile, *, fresh: bool) -> tuple[DeviceProfile, float]:
+async def _measure_device(
+    address: str, peer: str | None, model: ModelFile, *, fresh: bool
+) -> tuple[DeviceProfile, Distance]:
     """The device at `address`, the head, or a peer of it."""
     channel = await open_channel(address)
     try:
@@ -128,7 +133,7 @@ async def _measure_device(address: str, peer: str | None, model: ModelFile, *, f
             raise ModelNotFound(
                 f"device {survey.device} ({peer or address}) lacks the model: copy it into {survey.model_folders[0]}"
             )
-        round_trip_s = await channel.round_trip_s()
+        distance = await channel.distance() if peer is not None else HERE
         start = StartWorker(
             engine=EngineId(secrets.randbits(63) | 1),
             model=model,
@@ -142,4 +147,4 @@ async def _measure_device(address: str, peer: str | None, model: ModelFile, *, f
     finally:
         await channel.close()  # ends the worker
     device = device_of_report(report, survey.device, memory_bytes=survey.memory_usable_bytes, system=survey.system)
-    return device, round_trip_s
+    return device, distance

@@ -11,12 +11,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from shoal.cli.status import format_age
 from shoal.errors import DeviceUnreachable
 from shoal.runtime.channel import split_address
 from shoal.runtime.node.links import DEFAULT_PORT
 from shoal.runtime.node.owner import AskCluster, ClusterStatus, MemberStatus, OwnerLink
-from shoal.units import format_bytes
+from shoal.units import format_age, format_bytes
 
 DISK_BYTES_MIN = 64 << 20
 ANSWER_S_MAX = 0.5
@@ -112,6 +111,13 @@ def judge(cluster: ClusterStatus) -> Iterator[Finding]:
         )
         return
     yield Finding("cluster", f"{cluster.cluster[:8]}, {len(cluster.members)} devices")
+    if cluster.discovery not in ("on", "off"):
+        yield Finding(
+            "multicast", f"no mDNS here: {cluster.discovery}",
+            "Members are found by the addresses they had; let UDP port 5353 through, or start `shoal up --no-discovery`.",
+        )  # fmt: skip
+    elif cluster.discovery == "on":
+        yield Finding("multicast", "members on this network are found by mDNS")
     others = [member for member in cluster.members if member.node != cluster.me]
     if others and cluster.addresses and all(address.startswith(_LOOPBACK) for address in cluster.addresses):
         yield Finding(

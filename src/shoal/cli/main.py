@@ -126,6 +126,9 @@ def up(
         ),
     ] = None,
     dial_only: Annotated[bool, typer.Option("--dial-only", help="Take no links: this device dials the others.")] = False,
+    discovery: Annotated[
+        bool, typer.Option(help="Find members on the same network by multicast (mDNS), and be found.")
+    ] = True,
     durable: Annotated[bool, typer.Option("--durable", help="Acknowledge only what would survive a power cut.")] = False,
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Control links run before other work, where granted.")
@@ -171,6 +174,7 @@ def up(
         realtime=realtime,
         journal=journal,
         metrics=metrics,
+        discovery=discovery,
     )
     if check_only:
         return
@@ -302,7 +306,9 @@ def plan(
     ] = "latency",
     compare: Annotated[bool, typer.Option("--compare", help="Halda's and the memory-proportional plan beside it.")] = False,
     fresh: Fresh = False,
-    link_rate: Annotated[str, typer.Option(help="What links carry per second.", metavar="SIZE")] = "117MB",
+    link_rate: Annotated[
+        str | None, typer.Option(help="What links carry per second, instead of what is measured.", metavar="SIZE")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say who would hold which layers, how fast that would be, and why."""
@@ -312,8 +318,8 @@ def plan(
     from shoal.units import parse_bytes
 
     agent_options("127.0.0.1:0", peer or [], models or [], memory, None, None, None, plain=plain)
-    rate = parse_bytes(link_rate)
-    if not rate:
+    rate = parse_bytes(link_rate) if link_rate else None
+    if rate == 0:
         raise ValueError("--link-rate 0: links must carry something")
     verb.plan(
         model,
@@ -327,7 +333,7 @@ def plan(
             objective=parse_objective(objective),
             compare=compare,
             fresh=fresh,
-            link_bytes_per_s=float(rate),
+            link_bytes_per_s=None if rate is None else float(rate),
             as_json=json,
         ),
     )

@@ -16,7 +16,6 @@ from shoal.placement.baselines import BASELINES
 from shoal.placement.planner import Plan, PlannedStage, make_plan, plan_baseline
 from shoal.placement.profile import Cluster, ModelProfile, decode_cluster
 from shoal.placement.program import ANSWER_TOKENS, PROMPT_TOKENS, ObjectiveName
-from shoal.runtime.cluster_profile import LINK_BYTES_PER_S_DEFAULT
 from shoal.runtime.model_store import ModelStore
 from shoal.units import format_bytes, format_seconds
 
@@ -34,7 +33,7 @@ class Settings:
     objective: ObjectiveName = "latency"
     compare: bool = False
     fresh: bool = False
-    link_bytes_per_s: float = LINK_BYTES_PER_S_DEFAULT
+    link_bytes_per_s: float | None = None
     as_json: bool = False
 
 

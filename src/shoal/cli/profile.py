@@ -11,7 +11,6 @@ from rich.table import Table
 
 from shoal.cli.cluster_profile import Measured, ask_cluster
 from shoal.placement.profile import BATCH_TOKENS, DeviceProfile
-from shoal.runtime.cluster_profile import LINK_BYTES_PER_S_DEFAULT
 from shoal.runtime.model_store import ModelStore
 from shoal.units import format_age, format_bytes, format_seconds
 
@@ -29,9 +28,7 @@ def profile(
     """
     store = ModelStore(model_folders)
     path = store.resolve(model)
-    measured = asyncio.run(
-        ask_cluster(store, path, agent=agent, own_agent=own_agent, link_bytes_per_s=LINK_BYTES_PER_S_DEFAULT, fresh=fresh)
-    )
+    measured = asyncio.run(ask_cluster(store, path, agent=agent, own_agent=own_agent, link_bytes_per_s=None, fresh=fresh))
     if as_json:
         print(msgspec.json.encode(measured).decode())  # noqa: T201
     else:
@@ -47,7 +44,11 @@ def _print(measured: Measured) -> None:
         table.add_row(*_row(device, is_head=index == 0))
     console.print(table)
     for link in measured.cluster.links:
-        console.print(f"{link.source} to {link.target}: round trip {format_seconds(link.round_trip_s)}", highlight=False)
+        console.print(
+            f"{link.source} to {link.target}: round trip {format_seconds(link.round_trip_s)}, "
+            f"{format_bytes(int(link.bytes_per_s))}/s",
+            highlight=False,
+        )
     for assumption in measured.assumed:
         console.print(f"assumed: {assumption}", highlight=False)
 

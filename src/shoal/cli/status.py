@@ -19,7 +19,7 @@ from shoal.ids import NodeId
 from shoal.runtime.messages import AskStatus, DeviceStatus, Status
 from shoal.runtime.node.owner import Aged, AskCluster, ClusterStatus, LinkStatus, MemberStatus, OwnerLink
 from shoal.runtime.node.state import agent_address
-from shoal.units import format_bytes, format_seconds
+from shoal.units import format_age, format_bytes, format_seconds
 
 WATCH_EVERY_S = 1.0
 
@@ -153,11 +153,3 @@ def _aged(figure: Aged | None, show: Callable[[float], str]) -> str:
     if figure is None:
         return "?"
     return f"{'at least ' if figure.is_lower_bound else ''}{show(figure.value)} ({format_age(figure.age_s)})"
-
-
-def format_age(seconds: float) -> str:
-    """'0.3 s', '12 s', '4 min', '3 h', '2 days'."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10.0 else f"{seconds:.0f} s"

@@ -98,6 +98,7 @@ def member_options(
     realtime: bool,
     journal: Path | None,
     metrics: int | None = None,
+    discovery: bool = True,
 ) -> MemberOptions | None:
     """What was typed; None for an agent without a cluster. Raises ValueError with one line."""
     is_wanted = state is not None or listen not in (None, "none")
@@ -118,6 +119,8 @@ def member_options(
             is_hidden=dial_only,
             journal=journal,
             is_realtime=realtime,
+            # Whoever listens on loopback only has nobody near.
+            is_discoverable=discovery and not (listen or "").startswith(_LOOPBACK),
         ),
         is_durable=durable,
         is_optional=not is_wanted,

@@ -8,7 +8,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -31,12 +31,27 @@ from shoal.runtime.messages import (
 )
 from shoal.transport.control import AS_AGENT, PREFACE_MAGIC
 from shoal.transport.secure import TrustStore, explain
+from shoal.units import KIB
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 _PINGS = 4
+_LOADS_BYTES = (32 * KIB, 64 * KIB, 384 * KIB)
+_LOAD_LONG_S = 0.05
+LINK_BYTES_PER_S_MAX = 1e10
+"""More than this is taken for this: what two processes of one machine say to each other."""
 
 Answer = TypeVar("Answer", bound=Message)
+
+
+class Distance(NamedTuple):
+    """Between two agents: a small message there and back, and what one direction carries."""
+
+    round_trip_s: float
+    bytes_per_s: float
+
+
+HERE = Distance(0.0, LINK_BYTES_PER_S_MAX)
 
 
 class Channel:
@@ -120,15 +135,24 @@ class Channel:
             raise RemoteProtocolError(f"{self.peer} sent {type(message).__name__} where {kind.__name__} is due")
         return message
 
-    async def round_trip_s(self) -> float:
-        """How far the agent at the other end is: the least of a few tries, since what is longer waited for a processor."""
-        taken = []
-        for _ in range(_PINGS):
-            started_s = time.perf_counter()
-            await self.send(Ping())
-            await self.expect(Pong)
-            taken.append(time.perf_counter() - started_s)
-        return min(taken)
+    async def distance(self) -> Distance:
+        """How far the agent at the other end is, and what gets there: half a megabyte at most is sent, less where that takes
+        long."""
+        # The least of a few tries: what is longer waited for a processor.
+        round_trip_s = min([await self._ping_s(0) for _ in range(_PINGS)])
+        bytes_per_s = 0.0
+        for num_bytes in _LOADS_BYTES:  # the first ones open TCP's window
+            carried_s = await self._ping_s(num_bytes) - round_trip_s
+            bytes_per_s = num_bytes / max(carried_s, num_bytes / LINK_BYTES_PER_S_MAX)
+            if carried_s > _LOAD_LONG_S:
+                break
+        return Distance(round_trip_s, bytes_per_s)
+
+    async def _ping_s(self, num_bytes: int) -> float:
+        started_s = time.perf_counter()
+        await self.send(Ping(bytes(num_bytes)))
+        await self.expect(Pong)
+        return time.perf_counter() - started_s
 
     def abort(self) -> None:
         """Cuts it off; who waits here learns of it as of a peer that is gone."""

@@ -10,11 +10,10 @@ from shoal.compute.model import Model
 from shoal.errors import RequestError
 from shoal.ids import DeviceId
 from shoal.placement.profile import DeviceProfile, Disk, LayerTimes, LinkProfile, ModelProfile, ReadMode, System
+from shoal.runtime.channel import Distance
 from shoal.runtime.messages import WorkerReport
 
 CONTEXT_DEFAULT = 4096
-LINK_BYTES_PER_S_DEFAULT = 117e6
-"""Gigabit Ethernet less its headers."""
 FLOAT_BYTES = 4
 
 
@@ -91,19 +90,22 @@ def device_of_report(
     )
 
 
-def links_from_round_trips(
-    devices: Sequence[DeviceId], round_trips_s: Sequence[float], *, bytes_per_s: float
-) -> tuple[LinkProfile, ...]:
-    """All ordered pairs, where only the head measured: between two others the longer of their round trips is assumed.
+def links_from_head(devices: Sequence[DeviceId], distances: Sequence[Distance]) -> tuple[LinkProfile, ...]:
+    """All ordered pairs, where only the head measured, and only in one direction: the way back is taken to be like it, and
+    between two others the longer of their round trips and the slower of their links.
 
     Args:
-        round_trips_s: of each device from the head, whose own is 0.
-        bytes_per_s: of every link.
+        distances: of each device from the head, whose own is `HERE`.
     """
     return tuple(
-        LinkProfile(source=source, target=target, round_trip_s=max(first_s, second_s), bytes_per_s=bytes_per_s)
-        for source, first_s in zip(devices, round_trips_s, strict=True)
-        for target, second_s in zip(devices, round_trips_s, strict=True)
+        LinkProfile(
+            source=source,
+            target=target,
+            round_trip_s=max(first.round_trip_s, second.round_trip_s),
+            bytes_per_s=min(first.bytes_per_s, second.bytes_per_s),
+        )
+        for source, first in zip(devices, distances, strict=True)
+        for target, second in zip(devices, distances, strict=True)
         if source != target
     )
 

@@ -18,7 +18,7 @@ from shoal.errors import DeviceError, DeviceRefused, LinkClosed, WorkerLost
 from shoal.ids import DeviceId, EngineId, ModelHash
 from shoal.placement.drift import Answered, DriftWatch, PlanAnew
 from shoal.placement.planner import Plan
-from shoal.runtime.channel import Channel
+from shoal.runtime.channel import HERE, Channel, Distance
 from shoal.runtime.messages import (
     AnyMessage,
     AssignLayers,
@@ -59,8 +59,8 @@ class Member(Protocol):
 
     device: DeviceId
     host: str
-    round_trip_s: float
-    """Between the head and it."""
+    distance: Distance
+    """From the head."""
     is_proven: bool
     """Whether it is known to be the member that it says it is."""
     head_host: str
@@ -79,12 +79,12 @@ class Member(Protocol):
 class LeasedMember:
     """A worker on another device, held by a connection to its agent."""
 
-    def __init__(self, device: DeviceId, host: str, channel: Channel, *, round_trip_s: float) -> None:
+    def __init__(self, device: DeviceId, host: str, channel: Channel, distance: Distance) -> None:
         self.device = device
         self.host = host
         self.head_host = channel.own_host
         self.is_proven = channel.node is not None
-        self.round_trip_s = round_trip_s
+        self.distance = distance
         self.channel = channel
 
     async def ask(self, message: Message, kind: type[Answer], *, timeout_s: float) -> Answer:
@@ -111,7 +111,7 @@ class LeasedMember:
 class OwnMember:
     """This device's worker. Its messages after the ring stands belong to `Engine`, so it does not wait for its end."""
 
-    round_trip_s = 0.0
+    distance = HERE
     is_proven = True
 
     def __init__(self, device: DeviceId, host: str, worker: WorkerProcess) -> None:
@@ -332,7 +332,7 @@ def candidates_of(
 ) -> tuple[Candidate, ...]:
     """The members for the planner, in their order."""
     return tuple(
-        Candidate(member.device, measured, memory_bytes[member.device], member.round_trip_s)
+        Candidate(member.device, measured, memory_bytes[member.device], member.distance)
         for member, measured in zip(members, reports, strict=True)
     )
 

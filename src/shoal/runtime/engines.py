@@ -425,8 +425,8 @@ async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Pa
                 f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
-        round_trip_s = await channel.round_trip_s()
+        distance = await channel.distance()
     except BaseException:
         await channel.close()
         raise
-    return LeasedMember(survey.device, host, channel, round_trip_s=round_trip_s), survey.memory_usable_bytes
+    return LeasedMember(survey.device, host, channel, distance), survey.memory_usable_bytes

@@ -86,7 +86,9 @@ class Survey(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Answered at once by `Pong`: how far is it?"""
+    """Answered at once by `Pong`: how far is it? With `load`, how much gets there in that time?"""
+
+    load: bytes = b""
 
 
 class Pong(Message, frozen=True):

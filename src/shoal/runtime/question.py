@@ -16,12 +16,8 @@ from shoal.errors import InfeasiblePlacement
 from shoal.ids import DeviceId
 from shoal.placement.planner import Plan, cost_of, make_plan, plan_baseline, plan_by_hand, plan_of_rounds
 from shoal.placement.profile import Cluster, ModelProfile
-from shoal.runtime.cluster_profile import (
-    LINK_BYTES_PER_S_DEFAULT,
-    device_of_report,
-    links_from_round_trips,
-    model_of_report,
-)
+from shoal.runtime.channel import Distance
+from shoal.runtime.cluster_profile import device_of_report, links_from_head, model_of_report
 from shoal.runtime.messages import EngineOptions, WorkerReport
 
 MICRO_BATCH = 512
@@ -35,12 +31,12 @@ _UNLIMITED_BYTES = sys.maxsize // 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A device that may take part. `round_trip_s` is from the head, `memory_bytes` what a worker may take there."""
+    """A device that may take part. `distance` is from the head, `memory_bytes` what a worker may take there."""
 
     device: DeviceId
     report: WorkerReport
     memory_bytes: int
-    round_trip_s: float
+    distance: Distance
 
     def at(self, layer_s: float | None) -> Candidate:
         """The same, where a layer was seen to take as long as this; None where it was not seen."""
@@ -112,9 +108,7 @@ class Question:
                 )
                 for each in self.candidates
             ),
-            links=links_from_round_trips(
-                names, [each.round_trip_s for each in self.candidates], bytes_per_s=LINK_BYTES_PER_S_DEFAULT
-            ),
+            links=links_from_head(names, [each.distance for each in self.candidates]),
         )
 
     def _model(self, micro_batch: int) -> ModelProfile:

@@ -249,3 +249,13 @@ def test_a_clone_is_refused_by_name(tmp_path: Path) -> None:
             assert HEAD.unpack_from(data)[1] == FrameKind.REFUSED
             assert b"the key was cloned" in data
         assert lap.me in desk.core.trusted
+
+
+def test_members_who_both_moved_meet_again_when_one_is_seen_nearby(tmp_path: Path) -> None:
+    with pair(tmp_path):
+        pass
+    with device(tmp_path, "desk") as desk, device(tmp_path, "lap") as lap:  # at other ports, of which neither knows
+        time.sleep(0.5)
+        assert not status(tmp_path, "desk").members[0].link
+        desk.post(lambda: desk.links.seen_nearby(lap.me, lap.addresses()))
+        wait_until(lambda: any(member.link for member in status(tmp_path, "desk").members))

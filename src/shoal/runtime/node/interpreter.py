@@ -65,6 +65,7 @@ from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
 from shoal.runtime.node import clock, priority
 from shoal.runtime.node.addresses import advertised
+from shoal.runtime.node.discovery import Discovery, Sighting, cluster_tag
 from shoal.runtime.node.links import DEFAULT_PORT, Links, message_frame
 from shoal.runtime.node.probes import Probes
 from shoal.runtime.node.state import DeviceState
@@ -93,6 +94,7 @@ class NodeOptions:
     `listen` is (host, port), port 0 takes a free one; None has no door at all, not even for the owner's
     commands. `is_hidden`: others are told no address, since they could not reach it (behind a NAT); it dials them.
     `advertise` are addresses, HOST:PORT, that others are told instead of those of this machine's interfaces.
+    `is_discoverable`: on this network, members find each other by multicast too.
     """
 
     name: str
@@ -102,6 +104,7 @@ class NodeOptions:
     journal: Path | None = None
     timing: Timing = TIMING
     is_realtime: bool = False
+    is_discoverable: bool = False
 
 
 def make_core(me: NodeId, **arguments: Any) -> NodeCore:
@@ -169,6 +172,8 @@ class Interpreter:
         self._awake.setblocking(False)
         self._waker.setblocking(False)
         self.probes = Probes(self._probe_measured)
+        self.discovery = Discovery(self._sighted) if options.is_discoverable else None
+        self._announced: tuple[str, tuple[str, ...]] = ("", ())
         self._selector.register(self._awake, selectors.EVENT_READ, self._on_awake)
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, str]] = []
@@ -195,6 +200,8 @@ class Interpreter:
     def start(self) -> None:
         """Begins."""
         self._thread.start()
+        if self.discovery is not None:
+            self.discovery.start()
 
     def stop(self, *, says_goodbye: bool = True) -> None:
         """Ends it and waits until it has; members are told first."""
@@ -526,6 +533,7 @@ class Interpreter:
         free_bytes = psutil.virtual_memory().available
         self.step(Learned(ResourcesObserved(free_bytes, 1.0 - psutil.cpu_percent() / 100.0, battery)))
         self.tell_addresses()
+        self._tell_network()
 
     def tell_addresses(self) -> None:
         """Tells the others where this device is, if they do not know."""
@@ -535,6 +543,20 @@ class Interpreter:
             self._told_addresses = addresses
             if device.addresses != addresses:
                 self.command(SetAddresses(addresses))
+
+    def _tell_network(self) -> None:
+        """Says on this network which cluster this device is in and where, if that changed."""
+        cluster = self.core.roster.roster.cluster if self.me in self.core.roster.roster.members else ""
+        wanted = (cluster, self.addresses())
+        if self.discovery is not None and wanted != self._announced:
+            self._announced = wanted
+            self.discovery.announce(self.me, *wanted)
+
+    def _sighted(self, sighting: Sighting) -> None:
+        """On a thread of `Discovery`."""
+        own_tag = cluster_tag(self._announced[0])
+        if not own_tag or sighting.tag == own_tag:  # whoever is joining looks for members of another's
+            self.post(lambda: self.links.seen_nearby(sighting.node, sighting.addresses))
 
     def _say_last_words(self) -> None:
         """A goodbye is in the sockets' buffers within a moment, or will not be."""
@@ -549,6 +571,8 @@ class Interpreter:
     def _close(self) -> None:
         self._end_core()
         self.probes.close()
+        if self.discovery is not None:
+            self.discovery.close()
         if self._door is not None:
             self._door.close()
         self._selector.close()

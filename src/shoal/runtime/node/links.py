@@ -179,6 +179,8 @@ class Links:
         self._open: dict[NodeId, _Held] = {}
         self._wanted: frozenset[NodeId] = frozenset()
         self._seekers: dict[NodeId, _Seeker] = {}
+        self._nearby: dict[NodeId, tuple[str, ...]] = {}
+        """Where devices were said to be on this network (`discovery.py`); at most all members, and whom a token names."""
         self._dirty: set[_Held] = set()
         self._pinged = NodeId("")
         self._is_closed = False
@@ -206,6 +208,7 @@ class Links:
                 seeker.attempts, seeker.due_s, seeker.as_stranger = 0, self._clock(), False
                 self.due_s = 0.0
         self._members = dict(members)
+        self._nearby = {peer: where for peer, where in self._nearby.items() if peer in members or peer in self._seekers}
 
     def watch(self, peers: frozenset[NodeId]) -> None:
         """Keeps links to exactly these."""
@@ -225,6 +228,17 @@ class Links:
         seeker = self._seekers[peer] = _Seeker(self._clock())
         seeker.addresses, seeker.is_contact, seeker.rounds_left, seeker.as_stranger = addresses, True, rounds, True
         self.due_s = 0.0
+
+    def seen_nearby(self, peer: NodeId, addresses: tuple[str, ...]) -> None:
+        """Somebody says that a device is there now. Whoever is being dialled is dialled there first."""
+        if peer == self.me or not (peer in self._members or peer in self._seekers):
+            return
+        is_new = self._nearby.get(peer) != addresses
+        self._nearby[peer] = addresses
+        seeker = self._seekers.get(peer)
+        if seeker is not None and seeker.held is None and is_new:
+            seeker.attempts, seeker.due_s = 0, self._clock()
+            self.due_s = 0.0
 
     def send(self, peers: Iterable[NodeId], data: bytes) -> None:
         """Frames to each; they leave with `flush`. A peer without a link is dialled, and a few of them wait for it."""
@@ -624,7 +638,7 @@ class Links:
     def _addresses(self, peer: NodeId, seeker: _Seeker) -> tuple[str, ...]:
         device = self._members.get(peer)
         known = device.addresses if device is not None else ()
-        return tuple(dict.fromkeys((*seeker.addresses, *known)))
+        return tuple(dict.fromkeys((*self._nearby.get(peer, ()), *seeker.addresses, *known)))
 
     def _dial(self, peer: NodeId, seeker: _Seeker) -> None:
         addresses = self._addresses(peer, seeker)

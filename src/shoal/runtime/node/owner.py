@@ -207,6 +207,8 @@ class ClusterStatus(Answer, frozen=True):
     problems: tuple[str, ...] = ()
     is_paused: bool = False
     """Whether this device lends others nothing, as its owner said."""
+    discovery: str = "off"
+    """'off', 'on', or why nobody can be found on this network by multicast."""
     refusals: dict[str, int] = {}
     """Whom this device did not let in or hung up on, by reason."""
     decisions: Decisions | None = None
@@ -486,6 +488,7 @@ class OwnerDesk:
             name=node.options.name,
             cluster=roster.cluster,
             is_removed=node.me in roster.removed,
+            discovery="off" if node.discovery is None else node.discovery.problem or "on",
             is_paused=node.state.is_paused,
             incarnation=core.incarnation,
             addresses=node.addresses(),

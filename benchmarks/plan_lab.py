@@ -1,0 +1,156 @@
+"""Plans in the lab: what is predicted of drawn devices and links, and what real rings then do. `plan.py` prints its figures.
+
+A scenario is drawn by its seed: two to four devices with 0.25 to 0.9 of a core, disks of 80 to 600 MB/s and caps that hold
+35-75 %, 75-130 % or 130-300 % of one of three models; links of 30 to 1,000 Mbit/s and 0.1 to 5 ms. Agents start cold,
+measure themselves, plan and answer; ours first, then the published splits, each with its own agents and nothing in the page
+cache.
+
+prediction_error_p50, _max     |predicted / measured - 1| of seconds per token, over all plans, ours and the published ones
+lab_vs_halda_p50, _min         measured seconds per token with their plan over ours; lab_vs_halda_short_p50 where memory
+lab_vs_proportional_p50, _min  is short. A plan that needs more memory than there is has no ratio and is counted (`_none`)
+lab_rounds_gain_p50            where more than one round is chosen: measured with one round over measured
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory_ring import Ring, _made, weights_bytes
+from shoal.lab.cluster import Lab
+from shoal.lab.scenario import DeviceSpec, FileSpec, LinkSpec, Scenario, Workload, check
+from shoal.units import MIB
+
+FLOOR_BYTES = 190e6
+"""What an agent and a worker take beside weights, head-room included: a cap below would hold no model."""
+TOKENS = 12
+WAYS = ("planned", "halda", "proportional")
+_SHARES = {"short": (0.35, 0.75), "tight": (0.75, 1.3), "ample": (1.3, 3.0)}
+
+
+def models() -> tuple[Path, ...]:
+    """0.4 to 0.9 GB: many small layers, few large ones, and a type that takes long to compute for its size."""
+    return (
+        _made("plan-32", "Q4_K", num_layers=32, hidden_size=2048, feed_forward_size=5632, num_heads=16),
+        _made("plan-16", "Q8_0", num_layers=16, hidden_size=2048, feed_forward_size=8192, num_heads=16),
+        _made("plan-24", "IQ3_S", num_layers=24, hidden_size=3072, feed_forward_size=8192, num_heads=24),
+    )
+
+
+def draw(seed: int) -> tuple[Scenario, Path, str, dict[str, int]]:
+    """The scenario, its model, how scarce memory is, and each device's memory in bytes."""
+    chance = random.Random(seed)
+    model = chance.choice(models())
+    scarcity = chance.choice(("short", "short", "tight", "ample"))
+    total_bytes, layer_cache_bytes = weights_bytes(model)
+    names = ["first", "second", "third", "fourth"][: chance.randint(2, 4)]
+    low, high = _SHARES[scarcity]
+    room_bytes = total_bytes * chance.uniform(low, high)
+    parts = [chance.uniform(0.5, 1.5) for _ in names]
+    files = [FileSpec(path=str(model.absolute()))]
+    memory_bytes, devices = {}, {}
+    for name, part in zip(names, parts, strict=True):
+        memory_bytes[name] = int(FLOOR_BYTES + room_bytes * part / sum(parts) + 32 * layer_cache_bytes)
+        devices[name] = DeviceSpec(
+            memory_mib=memory_bytes[name] / MIB,
+            disk_mb_s=round(80 * 7.5 ** chance.random()),
+            cores=round(chance.uniform(0.25, 0.9), 2),
+            files=files,
+        )
+    links = [
+        LinkSpec(
+            between=(first, second),
+            rate_mbit_s=round(30 * 33 ** chance.random()),
+            delay_ms=round(0.1 * 50 ** chance.random(), 2),
+        )
+        for index, first in enumerate(names)
+        for second in names[index + 1 :]
+    ]
+    links.append(LinkSpec(between=("client", names[0])))
+    scenario = Scenario(
+        name=f"plan-{seed}",
+        devices={**devices, "client": DeviceSpec()},
+        links=links,
+        workload=Workload(program="none"),
+        multicast=False,
+        seconds_max=1500,
+    )
+    return scenario, model, scarcity, memory_bytes
+
+
+def measure_seed(seed: int, *, ways: tuple[str, ...]) -> dict[str, Any]:
+    """One scenario: per way of planning, seconds per token as predicted and as measured, and who held what."""
+    scenario, model, scarcity, memory_bytes = draw(seed)
+    check(scenario, label=f"seed {seed}")
+    row: dict[str, Any] = {"seed": seed, "scarcity": scarcity, "model": model.stem, "devices": len(memory_bytes)}
+    started_s = time.monotonic()
+    with Lab(scenario) as lab:
+        ring = Ring(lab, model, list(memory_bytes))
+        caps = list(memory_bytes.values())
+        ids: list[int] | None = None
+        for way in ways:
+            row[way] = found = _answer(ring, [f"--placement={way}"], caps)
+            if "token_ids" in found:
+                ids = ids or found["token_ids"]
+                if found.pop("token_ids") != ids:
+                    raise RuntimeError(f"seed {seed}: other tokens with {way}")
+        if row["planned"].get("rounds", 1) > 1 and len(ways) > 1:
+            row["one_round"] = _answer(ring, ["--rounds=1"], caps)
+            row["one_round"].pop("token_ids", None)
+    row["seconds"] = round(time.monotonic() - started_s)
+    print("lab", json.dumps(row), file=sys.stderr)
+    return row
+
+
+def _answer(ring: Ring, options: list[str], caps: list[int]) -> dict[str, Any]:
+    try:
+        answer = ring.answer(options, tokens=TOKENS, memory_bytes=caps)
+    except RuntimeError as error:
+        return {"problem": str(error)[:200]}
+    return {
+        "token_s": answer["token_s"],
+        "predicted_s": 1 / answer["predicted_tokens_per_s"],
+        "rounds": len(answer["stages"][0]["layers"]),
+        "layers": {stage["device"]: sum(b - a for a, b in stage["layers"]) for stage in answer["stages"]},
+        "streamed_mb": [round(stage["streamed_bytes"] / 1e6) for stage in answer["stages"]],
+        "token_ids": answer["token_ids"],
+    }
+
+
+def measure_lab(seeds: range, *, ways: tuple[str, ...] = WAYS) -> dict[str, float]:
+    """Figures over scenarios."""
+    rows = [measure_seed(seed, ways=ways) for seed in seeds]
+    errors = [
+        abs(row[way]["predicted_s"] / row[way]["token_s"] - 1)
+        for row in rows
+        for way in (*ways, "one_round")
+        if "token_s" in row.get(way, {})
+    ]
+    figures = {"prediction_error_p50": statistics.median(errors), "prediction_error_max": max(errors)}
+    figures["lab_scenarios"] = float(len(rows))
+    figures["lab_failed"] = float(sum("token_s" not in row["planned"] for row in rows))
+    for way in ways[1:]:
+        pairs = [row for row in rows if "token_s" in row[way] and "token_s" in row["planned"]]
+        ratios = [row[way]["token_s"] / row["planned"]["token_s"] for row in pairs]
+        short = [row[way]["token_s"] / row["planned"]["token_s"] for row in pairs if row["scarcity"] == "short"]
+        figures[f"lab_{way}_none"] = float(len(rows) - len(pairs))
+        if ratios:
+            figures[f"lab_vs_{way}_p50"], figures[f"lab_vs_{way}_min"] = statistics.median(ratios), min(ratios)
+        if short:
+            figures[f"lab_vs_{way}_short_p50"] = statistics.median(short)
+    gains = [
+        row["one_round"]["token_s"] / row["planned"]["token_s"] for row in rows if "token_s" in row.get("one_round", {})
+    ]
+    if gains:
+        figures["lab_rounds_gain_p50"] = statistics.median(gains)
+    return figures
+
+
+if __name__ == "__main__":
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    print(json.dumps(measure_lab(range(first, last)), indent=1))
