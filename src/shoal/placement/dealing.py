@@ -69,8 +69,8 @@ class Scored(NamedTuple):
 
 
 class _Deal(NamedTuple):
-    """The cheapest by weighted costs: their sum, the sum of visits and hops, the cost of the hops in it, the slowest disk, and
-    who has what."""
+    """The cheapest by weighted costs: their sum, visits and hops in seconds, what the hops cost, the slowest disk, and who
+    has what."""
 
     cost_s: float
     visits_s: float
