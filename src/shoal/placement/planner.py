@@ -318,6 +318,7 @@ class _Mover:
 
     def live(self, draft: _Draft, *, units_counted: int = UNITS_COUNTED) -> _Lived:
         """Raises InfeasiblePlacement where a stage does not fit, or has no layer for some round: only the head may."""
+        assert len(draft.parts) > 1 or draft.num_rounds == 1, "whoever is alone has nobody to go round"
         few = min((part.num_layers for part in draft.parts[:-1]), default=draft.num_rounds)
         if few < draft.num_rounds:
             raise InfeasiblePlacement(f"a device with {few} layers has none for some of {draft.num_rounds} rounds")
@@ -419,7 +420,7 @@ class _Mover:
     def draft(self, plan: CoarsePlan) -> _Draft:
         ring_min = self._model.ring_bytes_min
         return _Draft(
-            plan.num_rounds,
+            plan.num_rounds if len(plan.shares) > 1 else 1,
             tuple(
                 # A ring of bytes wraps: a unit more than the program counts.
                 _Part(
@@ -439,7 +440,7 @@ class _Mover:
             if split.totals[device] or device == 0:
                 on_accelerator = min(split.num_accelerator_layers[device], self._accelerated(device, split.totals[device]))
                 parts.append(_Part(device, split.totals[device], on_accelerator, self._model.ring_bytes_min))
-        return _Draft(split.num_rounds, tuple(parts))
+        return _Draft(split.num_rounds if len(parts) > 1 else 1, tuple(parts))
 
     def alone_s(self) -> float | None:
         """A token's time on the head alone."""
