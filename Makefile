@@ -2,12 +2,13 @@
 BIN := .venv/bin
 BENCHMARKS := single against hop model-write lab memory api core members train plan
 
-.PHONY: help demo check check-full lint test swarm api-table pages clean $(BENCHMARKS:%=bench-%)
+.PHONY: help demo check check-full check-faults lint test swarm api-table pages clean $(BENCHMARKS:%=bench-%)
 
 help:
 	@echo "make demo         three devices on this machine answer a prompt"
 	@echo "make check        everything CI runs, in minutes"
 	@echo "make check-full   the long tests too"
+	@echo "make check-faults members as real processes in the lab: cuts, kills, freezes, sleep, new addresses"
 	@echo "make swarm        SEEDS=10000 simulated clusters with faults, FIRST=0; all cores"
 	@echo "make bench-NAME   $(BENCHMARKS); QUICK=1 takes less than a minute"
 	@echo "make api-table    docs/api.md anew, from the tests of the API"
@@ -41,6 +42,10 @@ pages:
 
 check-full: lint
 	$(BIN)/pytest
+
+check-faults:
+	@scripts/install dev
+	$(BIN)/pytest -v tests/lab/test_member_faults.py
 
 $(BENCHMARKS:%=bench-%):
 	@scripts/install dev
