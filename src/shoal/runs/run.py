@@ -52,7 +52,7 @@ from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
 from shoal.runs.rates import Rates, answer, probe, shortage
 from shoal.runs.trust import Trust
-from shoal.topology.policy import has_moved, plan_for, revised
+from shoal.topology.policy import chunk_bytes_of, has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
@@ -150,6 +150,7 @@ class _Open(NamedTuple):
     plan: Plan | None = None
     exchange: Exchange | None = None
     num_plans: int = 0
+    chunk_bytes: int = 0
 
 
 class Run:
@@ -194,6 +195,8 @@ class Run:
         self.committed = -1
         self.is_finished = False
         self.on_step: Callable[[StepDone], None] = lambda _: None
+        self.on_loss: Callable[[], None] = lambda: None
+        """Called, on any thread, when this member notices that another is lost or that an exchange broke."""
         """Called with every step that is applied here, also one of which this member had no part."""
         self.warnings: list[str] = []
         self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
@@ -596,6 +599,7 @@ class Run:
         with self._lock:
             opened = self._opened
         if opened is not None and peer in opened.members:
+            self.on_loss()
             # What it owed may still be on its way, and its connections say so first; a frozen peer's say nothing.
             timer = threading.Timer(0.5, lambda: self._tell(m.Broken(opened.epoch)))
             timer.daemon = True
@@ -638,8 +642,9 @@ class Run:
                     plan = plan_for(opened.members, opened.rates, num_bytes=self._gradient_bytes)
                     wires = {node: SocketWire(sock) for node, sock in found.items()}
                     exchange = Exchange(self.me, wires, observed=self.rates.observe)
-                    exchange.enter(0, plan)
-                    self._opened = opened._replace(plan=plan, exchange=exchange)
+                    chunk_bytes = chunk_bytes_of(plan, opened.rates, num_bytes=self._gradient_bytes)
+                    exchange.enter(0, plan, chunk_bytes=chunk_bytes)
+                    self._opened = opened._replace(plan=plan, exchange=exchange, chunk_bytes=chunk_bytes)
                     self._changed.notify_all()
         except (ShoalError, ValueError):
             for sock in found.values():
@@ -696,6 +701,7 @@ class Run:
                 raise
             if task.step >= self.settings.num_steps and self._is_over():
                 self.is_finished = True
+            self.on_loss()
             self._tell(m.Broken(task.epoch))
             return None
         exchange_s = time.monotonic() - began_s
@@ -733,13 +739,14 @@ class Run:
         if opened.exchange is None or opened.plan is None or not has_moved(opened.rates, rates):
             return
         plan = revised(opened.plan, rates, num_bytes=self._gradient_bytes)
+        chunk_bytes = chunk_bytes_of(plan, rates, num_bytes=self._gradient_bytes)
         num_plans = opened.num_plans
-        if plan is not opened.plan:
+        if plan is not opened.plan or chunk_bytes != opened.chunk_bytes:
             num_plans += 1
-            opened.exchange.enter(num_plans, plan)
+            opened.exchange.enter(num_plans, plan, chunk_bytes=chunk_bytes)
         with self._lock:
             if self._opened is opened:
-                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans)
+                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans, chunk_bytes=chunk_bytes)
 
     @property
     def _gradient_bytes(self) -> int:
