@@ -168,3 +168,14 @@ def test_where_direct_reads_are_refused_others_serve(
     file.close()
     with opened(path, Streaming(frozenset(all_runs(path)), 128 * 1024)) as stage:
         assert np.array_equal(logits(stage), expected)
+
+
+def test_what_has_not_been_used_yet_is_not_lost(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [LayerRange(0, 1), LayerRange(1, 2), LayerRange(2, 3)]
+    with opened(tiny_model("llama", "Q4_0"), None, windows=windows) as stage:
+        monkeypatch.setattr(stage.model.file, "missing_bytes", lambda _: 4096)
+        hidden = np.zeros((1, stage.model.shape.hidden_size), np.float32)
+        for window in range(3):
+            assert stage.missing_bytes() == 0
+            stage.forward(hidden, 0, window=window)
+        assert stage.missing_bytes() == 4096

@@ -134,6 +134,7 @@ class Stage:
             raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
         if not len(self.windows[window]) and not self._ends(window):
             return x_BD
+        self._unseen.discard(window)
         wanted = num_tokens if not self._ends(window) or num_outputs is None else num_outputs
         shape = _GraphShape(num_tokens, _cells(position + num_tokens), wanted, wants_hidden, window)
         output_BD = self._graph(shape).run(self.backend, x_BD, position, keep=more and self.holds_windows)
@@ -219,8 +220,11 @@ class Stage:
             repackable=matrices if self._repack and streaming is None else (),
             backend=backend,
         )
+        self._unseen = {window for window, names in enumerate(by_window) if names}
+        """Windows whose weights may still have to come from disk for the first time."""
         if streaming is not None:
             model.file.keep_resident(resident)
+            self._unseen.clear()
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
@@ -241,7 +245,9 @@ class Stage:
         self._layer_tensors = self._tensors_of_layers()
 
     def missing_bytes(self) -> int:
-        """Of the mapped weights that stay, how much the system has taken."""
+        """Of the mapped weights that stay, how much the system has taken; 0 until all of them have been used once."""
+        if self._unseen:
+            return 0
         return self.model.file.missing_bytes(self.weights.mapped)
 
     def _drop_graphs(self) -> None:
