@@ -14,6 +14,7 @@ import msgspec
 from shoal import __version__
 from shoal.ids import ModelHash
 from shoal.runtime.kept import KeptRecords
+from shoal.runtime.messages import AcceleratorReport
 
 KEPT_FOR_S = 7 * 86400.0
 
@@ -37,6 +38,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     measured_s: float
     read_bytes_per_s: float = 0.0
     read_mode: str = "direct"
+    accelerator: AcceleratorReport | None = None
 
 
 def profile_key(
