@@ -50,7 +50,8 @@ check-faults:
 
 check-gpu:
 	@scripts/install-gpu
-	.venv-gpu/bin/pytest -v tests/gpu
+	@# Of processors that play a graphics processor ggml takes only those that are named.
+	GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} .venv-gpu/bin/pytest -v tests/gpu
 
 $(BENCHMARKS:%=bench-%):
 	@scripts/install dev

@@ -200,7 +200,7 @@ def plan_by_hand(
         )
     for device, few in zip(cluster.devices, fast, strict=True):
         if few and device.accelerator is None:
-            raise ValueError(f"{few} GPU layers on {device.id}: it has no accelerator that this build of ggml can use")
+            raise ValueError(f"{few} GPU layers on {device.id}: its build of ggml finds no graphics processor there")
     slow = tuple(count - few for count, few in zip(num_layers, fast, strict=True))
     by_hand = Split(num_rounds=1, num_layers=slow, num_accelerator_layers=fast)
     draft = mover.draft_of_split(by_hand)

@@ -42,9 +42,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def profile_key(
-    path: Path, model: ModelHash, *, compute_device: str, num_threads: int | None, num_cores: int, repack: bool
+    path: Path, model: ModelHash, *, compute_device: str | None, num_threads: int | None, num_cores: int, repack: bool
 ) -> str:
-    """What a profile depends on, as a name. `num_threads` None was left to the measurement."""
+    """What a profile depends on, as a name. None was left to this device."""
     parts = (__version__, ggml.__version__, model, path.stat().st_dev, compute_device, num_threads, num_cores, repack)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

@@ -205,7 +205,7 @@ class Worker:
         key = profile_key(
             path,
             start.model.hash,
-            compute_device=self._backend.device_name,
+            compute_device=start.compute_device,
             num_threads=start.num_threads,
             num_cores=num_physical_cores(),
             repack=start.repack,
@@ -241,10 +241,10 @@ class Worker:
             num_threads_prefill=profile.num_threads_prefill,
             spreads=profile.spreads,
             measured_s=time.time(),
-            accelerator=None if start.compute_device else self._measured_accelerator(is_thorough=is_thorough),
+            accelerator=None if start.compute_device else self._measured_accelerator(),
         )
 
-    def _measured_accelerator(self, *, is_thorough: bool) -> AcceleratorReport | None:
+    def _measured_accelerator(self) -> AcceleratorReport | None:
         """What a graphics processor beside this processor would do, where this build of ggml finds one."""
         name = accelerator_name(self._backend)
         if not name:
@@ -252,9 +252,8 @@ class Worker:
         device = next(device for device in compute_devices() if device.name == name)
         memory_bytes = int(MEMORY_SHARE * device.memory_free_bytes)
         with contextlib.closing(Backend(name)) as backend:
-            profile = ComputeProfile(
-                self._model, backend, num_threads=1, repack=False, for_plan=is_thorough, memory_bytes=memory_bytes
-            )
+            # Roughly: two layers are as far from such a memory as all of them.
+            profile = ComputeProfile(self._model, backend, num_threads=1, repack=False)
         return AcceleratorReport(
             name,
             memory_bytes,
