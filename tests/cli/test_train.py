@@ -74,6 +74,9 @@ def test_runs_are_listed_and_left(tmp_path: Path) -> None:
         assert {(row["run"], row["phase"], row["members"]) for row in rows} == {("slow", "active", 2)}
         assert "no run 'other': it is in slow" in shoal(tmp_path, "leave", "other").stderr
         assert "slow" in shoal(tmp_path, "runs").stdout
+        again = shoal(tmp_path, "train", str(script))
+        assert again.returncode == 1
+        assert again.stderr.startswith("shoal: a run 'slow' is under way on this device: take part in it with --peer 127.")
         assert shoal(tmp_path, "leave", "slow").stdout == "left 'slow' with 2 members\n"
         assert process.wait(20) == 0
         assert "no run on this device" in shoal(tmp_path, "runs").stdout
@@ -90,5 +93,10 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert wrong.stderr == "shoal: 'nowhere' is no address: write HOST:PORT\n"
     alone = shoal(tmp_path, "train", "--peer", "127.0.0.1:1", str(DIGITS))
     assert "members of a run prove who they are: start `shoal up`" in alone.stderr
+    script = tmp_path / "slow.py"
+    script.write_text(SCRIPT)
+    refused = shoal(tmp_path, "train", "--devices", "2", "--folder", str(script / "inside"), str(script))
+    assert refused.returncode == 1
+    assert refused.stderr == f"shoal: {script / 'inside'} cannot be written to: Not a directory\n"
     open_ = shoal(tmp_path, "train", "--plain", "--listen", "192.0.2.1:7500", str(DIGITS))
     assert "192.0.2.1:7500 is reachable for others" in open_.stderr

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -59,7 +59,8 @@ def train(settings: Settings) -> None:
     for address in (settings.listen, *settings.peers):
         parse_address(address)
     with TemporaryDirectory(prefix="shoal-run-") as folder:
-        sys.exit(_wait(_start(settings, _trust_files(settings, Path(folder)))))
+        place = Path(folder)
+        sys.exit(_wait(_start(settings, _trust_files(settings, place), place), place))
 
 
 def _trust_files(settings: Settings, folder: Path) -> list[Path | None]:
@@ -98,7 +99,7 @@ def _cluster(state: Path) -> list[bytes]:
     return [bytes.fromhex(member.public_key) for member in status.members if member.public_key]
 
 
-def _start(settings: Settings, trust: list[Path | None]) -> list[subprocess.Popen[bytes]]:
+def _start(settings: Settings, trust: list[Path | None], scratch: Path) -> list[subprocess.Popen[bytes]]:
     host, port = parse_address(settings.listen)
     if settings.devices > 1 and port == 0:
         port = _free_port(host)
@@ -116,11 +117,22 @@ def _start(settings: Settings, trust: list[Path | None]) -> list[subprocess.Pope
             # Several on one machine share its processors; each taking all of them would slow all.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.devices)))
         command = [sys.executable, str(settings.script), *settings.arguments]
-        # One says how far it is; the others would say the same.
-        output = subprocess.DEVNULL if index else None
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+        # One says how far it is; the others would say the same, and are heard only where they fail.
+        with ExitStack() as stack:
+            said = stack.enter_context(_said_by(scratch, index).open("wb")) if index else None
+            output = subprocess.DEVNULL if index else None
+            process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=said)
         processes.append(process)
     return processes
+
+
+def _said_by(scratch: Path, index: int) -> Path:
+    return scratch / f"said-{index + 1}"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("shoal: ") if lines else "it said nothing"
 
 
 def _folder(folder: Path | None, index: int) -> Path | None:
@@ -133,7 +145,7 @@ def _free_port(host: str) -> int:
         return int(server.getsockname()[1])
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path) -> int:
     """The first one's status. Ctrl-C and SIGTERM are passed on: members leave at a step boundary."""
 
     def pass_on(number: int, _: object) -> None:
@@ -144,12 +156,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         status = processes[0].wait()
-        for process in processes[1:]:
+        for index, process in enumerate(processes[1:], 1):
             # The others have their last step as well, and only their end to come to.
             with suppress(subprocess.TimeoutExpired):
-                if process.wait(_ENDED_S) != 0:
-                    device = processes.index(process) + 1
-                    sys.stderr.write(f"shoal: device {device} ended with status {process.returncode}\n")
+                if process.wait(_ENDED_S) != 0 and status == 0:
+                    reason = _last_line(_said_by(scratch, index))
+                    sys.stderr.write(f"shoal: device {index + 1} ended with status {process.returncode}: {reason}\n")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -195,9 +195,9 @@ class Run:
         self.committed = -1
         self.is_finished = False
         self.on_step: Callable[[StepDone], None] = lambda _: None
+        """Called with every step that is applied here, also one of which this member had no part."""
         self.on_loss: Callable[[], None] = lambda: None
         """Called, on any thread, when this member notices that another is lost or that an exchange broke."""
-        """Called with every step that is applied here, also one of which this member had no part."""
         self.warnings: list[str] = []
         self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
         self._lock = threading.RLock()
@@ -226,6 +226,8 @@ class Run:
         self.snapshot_s = 0.0
         self._reset(None)
         history = self._restored()
+        self.num_restored = len(history)
+        """Steps in the checkpoint from which a founder goes on."""
         self._is_founder = not peers
         self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
