@@ -44,14 +44,15 @@ from shoal.membership.group.facts import (
     Resumed,
     Suspended,
 )
-from shoal.membership.messages import Attachment
+from shoal.membership.messages import Attachment, Member
 from shoal.network.graph import Link
 from shoal.runs import checkpoint as checkpoints
 from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
 from shoal.runs.rates import Rates, answer, probe, shortage
-from shoal.runs.trust import Trust
+from shoal.runs.trust import Trust, device_of
+from shoal.runs.votes import Life, Votes
 from shoal.topology.policy import chunk_bytes_of, has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
@@ -64,6 +65,7 @@ CONNECT_S = 10.0
 NUDGE_S = 0.3
 JOIN_S = 30.0
 """Without a link to any member for so long, a joiner gives up: nobody answers, or the run has ended."""
+ANSWER_S = 2.0
 DONATE_S = 10.0
 GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
@@ -111,6 +113,8 @@ class Settings(msgspec.Struct, frozen=True):
     fingerprint: str
     num_steps: int
     epoch_base: int
+    founding: str = ""
+    """Names this beginning of the run, by chance."""
 
 
 class Task(NamedTuple):
@@ -161,7 +165,8 @@ class Run:
         num_steps: in all.
         listen: HOST:PORT for other members; port 0 takes a free one.
         peers: addresses of members.
-        folder: for checkpoints, one every `checkpoint_every` steps; a founder goes on from the newest.
+        folder: for checkpoints, one every `checkpoint_every` steps, and for what this member promised. Who was in the run
+            before comes back to the others; a founder that finds none of them goes on from the newest checkpoint.
         members_min: the first step waits for so many.
         trust: what this member proves, and whom it talks to; None: links are plain and prove nothing.
 
@@ -188,7 +193,7 @@ class Run:
         self.name = GroupId(name)
         self._trust = trust
         self.trainee = trainee
-        self.settings = Settings(order, trainee.fingerprint, num_steps, 1)
+        self.settings = Settings(order, trainee.fingerprint, num_steps, 1, secrets.token_hex(8))
         self.folder, self._checkpoint_every = folder, checkpoint_every
         self.transfer_s: float | None = None
         self.transfer_bytes = 0
@@ -224,14 +229,19 @@ class Run:
         self._mean: FloatArray | None = None
         self.loss: float | None = None
         self.snapshot_s = 0.0
+        self._votes = Votes(folder, self.name) if folder is not None else None
+        former = self._former()
+        if former is not None and not self._peers:
+            self._peers = self._answering(former)
+            former = former if self._peers else None
         self._reset(None)
         history = self._restored()
         self.num_restored = len(history)
         """Steps in the checkpoint from which a founder goes on."""
-        self._is_founder = not peers
+        self._is_founder = not self._peers
         self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
-        self._begin(history if self._is_founder else None)
+        self._begin(history if self._is_founder else None, former)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
         self._nudger.start()
 
@@ -251,7 +261,8 @@ class Run:
             share: _Share | None = None
             with self._lock:
                 task, core = self._task, self._core
-                if self.is_finished or core.phase is m.Phase.GONE or self._is_closed:
+                has_left = core.phase is m.Phase.GONE and self._is_leaving  # who was cut off asks to be let in again
+                if self.is_finished or has_left or self._is_closed:
                     return None
                 if task is not None and task.step >= self.settings.num_steps:
                     self._task = None
@@ -312,6 +323,9 @@ class Run:
         while self._has_shadows() and not self.is_finished and self.shelf.bytes_sent > sent and time.monotonic() < give_up_s:
             sent = self.shelf.bytes_sent
             time.sleep(1.0)
+        if self._votes is not None and (self.is_finished or self._is_leaving):
+            with suppress(ShoalError):
+                self._votes.forget()
         self._shut(is_orderly=True)
 
     def _shut(self, *, is_orderly: bool) -> None:
@@ -337,6 +351,8 @@ class Run:
                 sock.shutdown(socket.SHUT_RDWR)  # its thread closes it
         self._disk.shutdown()
         self._background.shutdown()
+        if self._votes is not None:
+            self._votes.close()
         self._nudger.join()
         give_up_s = time.monotonic() + SHUT_S
         while self._accepted and time.monotonic() < give_up_s:
@@ -380,8 +396,40 @@ class Run:
 
     # ---- beginning
 
-    def _reset(self, history: list[Entry] | None) -> None:
-        self.me = self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
+    def _former(self) -> Life | None:
+        """Who this member was, if it still is on the same device."""
+        life = self._votes.former if self._votes is not None else None
+        device = self._trust.device if self._trust is not None else None
+        return life if life is not None and device_of(life.node) == (device or life.node) else None
+
+    def _answering(self, former: Life) -> tuple[str, ...]:
+        """Addresses of those who were in the run when this member was last in it, and still are."""
+        record = former.record
+        others = [member for member in record.members if member.node != former.node] if record is not None else []
+
+        def is_there(member: Member) -> bool:
+            hello = Hello(self.name, "ask", former.node)
+            with suppress(ShoalError, OSError):
+                sock = dial(member.address, hello, trust=self._trust, node=member.node, timeout_s=ANSWER_S)
+                with sock:
+                    sock.settimeout(ANSWER_S)
+                    send_message(sock, b"status")
+                    return bool(receive_message(sock))
+            return False
+
+        there = list(self._background.map(is_there, others))
+        if others and not any(there):
+            self._warn(
+                f"none of the {len(others)} others that were in the run '{self.name}' answers: it begins anew from the "
+                "newest checkpoint here, and whoever comes back joins it"
+            )
+        return tuple(member.address for member, answers in zip(others, there, strict=True) if answers)
+
+    def _reset(self, history: list[Entry] | None, former: Life | None = None) -> None:
+        self._life = former or Life(
+            self.name, self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
+        )
+        self.me = self._life.node
         self._core = m.Member(
             self.me,
             self.settings.order,
@@ -418,18 +466,24 @@ class Run:
         self.committed = len(saved.history) - 1
         return saved.history
 
-    def _begin(self, history: list[Entry] | None) -> None:
-        """Comes into being as a new device of the group."""
+    def _begin(self, history: list[Entry] | None, former: Life | None = None) -> None:
+        """Comes into being as a new member of the group, or as a later incarnation of a former one."""
         with self._lock:
-            self._reset(history)
+            if former is not None:
+                former = msgspec.structs.replace(former, incarnation=former.incarnation + 1)
+            self._reset(history, former)
+            if self._votes is not None:
+                self._votes.begin(self._life)
             self.shelf = Shelf(find=self._offer)
             self._puller = Puller(self._dial_shelf, observed=partial(self.rates.observe, is_full=False))
             self._control = Control(
-                self.name,
-                self.me,
+                self._life,
+                founding=self.settings.founding if history is not None else _founding_of(self._life),
+                store=self._store if self._votes is not None else None,
                 on_fact=self._on_fact,
                 on_status=self._on_status,
                 on_gone=self._on_gone,
+                on_outdated=self._on_outdated,
                 trust=self._trust,
             )
             self._control.start(self.address, self._peers)
@@ -439,6 +493,18 @@ class Run:
                 self._control.command(Attach(self.name, Attachment("run", "", value)))
             else:
                 self._control.command(JoinGroup(self.name, address=self.address))
+
+    def _store(self, group: bytes) -> None:
+        """On the thread that writes. Raises CannotWrite."""
+        assert self._votes is not None
+        try:
+            self._votes.write(group)
+        except ShoalError as error:
+            self._fail(error)
+            raise
+
+    def _on_outdated(self) -> None:
+        self._inbox.put(lambda: self._restart("the run was begun anew while this device was away"))
 
     def _accept(self, sock: socket.socket, hello: Hello) -> None:
         """A connection came in; on a thread of its own."""
@@ -577,9 +643,10 @@ class Run:
 
     def _take_settings(self, value: bytes) -> ShoalError | None:
         theirs = msgspec.msgpack.decode(value, type=Settings)
-        ours = msgspec.structs.replace(self.settings, epoch_base=theirs.epoch_base)
+        ours = msgspec.structs.replace(self.settings, epoch_base=theirs.epoch_base, founding=theirs.founding)
         if theirs == ours:
             self.settings = theirs
+            self._control.founding = theirs.founding
             return None
         if theirs.fingerprint != ours.fingerprint:
             what = "another model, optimiser or version of torch, or this device computes other bits"
@@ -1032,6 +1099,15 @@ class Run:
                 self._warn(str(error))
 
         self._disk.submit(save)
+
+
+def _founding_of(life: Life) -> str:
+    """Which beginning of the run it was in; empty: none."""
+    record = life.record
+    for attachment in record.attachments if record is not None else ():
+        if attachment.capability == "run":
+            return msgspec.msgpack.decode(attachment.value, type=Settings).founding
+    return ""
 
 
 def _wake() -> None:
