@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal.effects import Commanded, Effect, Learned, Received, Send, Store, Stored
@@ -11,7 +12,7 @@ from shoal.errors import CannotWrite, DeviceRefused
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import MemberHere
 from shoal.membership.group.core import GroupCore
-from shoal.membership.group.facts import JoinGroup
+from shoal.membership.group.facts import JoinGroup, Recover
 from shoal.membership.messages import Commit, Record, Scope, Vote, VoteRequest
 from shoal.membership.messages import Member as Listed
 from shoal.membership.timing import Timing
@@ -140,3 +141,28 @@ def test_who_comes_back_to_a_run_that_began_anew_gives_way(tmp_path: Path) -> No
     assert returned.run.me != second.run.me
     assert "begun anew" in returned.run.warnings[0]
     check_ledger([again, returned], 60)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_majority_is_recovered_and_who_comes_back_joins_it(tmp_path: Path) -> None:
+    founder = Member(members_min=2, num_steps=70, compute_s=0.03, folder=tmp_path)
+    second = Member(peers=(founder.run.address,), num_steps=70, compute_s=0.03)
+    core = second.run._control.core
+    core.timing = msgspec.structs.replace(core.timing, suspend_s=1.0)
+    founder.wait_step(6)
+    founder.crash()
+    wait(lambda: second.run.statistics()["is_suspended"] is True)
+    assert second.run.statistics()["num_listed"] == 2
+    assert second.run.statistics()["absent"] == [founder.run.me]
+    assert "1 of its 2 members does not answer" in second.run.warnings[-1]
+    step = second.run._core.applied
+    second.run._control.command(Recover(RUN))
+    second.wait_step(step + 3)
+    assert second.run.members == (second.run.me,)
+    again = Member(num_steps=70, compute_s=0.03, folder=tmp_path)
+    assert again.run.me == founder.run.me
+    for member in (second, again):
+        member.end()
+    check_ledger([second, again], 70)
+    assert second.done[step + 1].step == step + 1, "nothing that was here is done again"
+    assert 1 << 20 < second.run.entries[-1].epoch < 1 << 21

@@ -1,31 +1,24 @@
-"""`shoal train`, `shoal runs`, `shoal leave`: a training script as a member of a run, and what this device takes part in."""
+"""`shoal train`: a script as a member of a run, or as several on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import NamedTuple
 
 from shoal.errors import DeviceRefused, DeviceUnreachable
-from shoal.runs import registry
 from shoal.runs.port import parse_address
 from shoal.runs.trust import Trust, check_plain, is_loopback
 from shoal.runtime.node.owner import AskCluster, ClusterStatus, OwnerLink
 from shoal.transport.identity import DeviceKeys
 
-LEAVE_S = 60.0
 _ENDED_S = 10.0
 
 
@@ -170,58 +163,3 @@ def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path) -> int:
                 process.kill()
                 process.wait()
     return status
-
-
-def runs(*, as_json: bool) -> None:
-    """Lists the runs that this device takes part in."""
-    rows: list[dict[str, Any]] = []
-    for entry in registry.entries():
-        said = registry.ask(entry, "status")
-        rows.append(said or {"run": entry.run, "node": entry.node, "address": entry.address, "phase": "silent"})
-    if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-        return
-    if not rows:
-        sys.stdout.write("no run on this device: `shoal train SCRIPT` starts one\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for title in ("RUN", "DEVICE", "STATE", "STEP", "LOSS", "DEVICES", "SAMPLES/S", "ADDRESS"):
-        table.add_column(title, justify="right" if title in ("STEP", "LOSS", "DEVICES", "SAMPLES/S") else "left")
-    for row in rows:
-        loss = row.get("loss")
-        table.add_row(
-            row["run"],
-            str(row["node"])[:8],
-            row["phase"],
-            f"{row['step'] + 1}/{row['num_steps']}" if "step" in row else "",
-            f"{loss:.4f}" if loss is not None else "",
-            str(row.get("members", "")),
-            f"{row['samples_per_s']:.3g}" if "samples_per_s" in row else "",
-            row["address"],
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def leave(run: str, *, as_json: bool) -> None:
-    """Lets this device's members of a run leave at the next step boundary, and waits for it.
-
-    Raises:
-        ValueError: this device is in no such run.
-        DeviceRefused: one has not left in time.
-    """
-    own = [entry for entry in registry.entries() if entry.run == run]
-    if not own:
-        known = sorted({entry.run for entry in registry.entries()})
-        raise ValueError(f"this device is in no run '{run}'" + (f": it is in {', '.join(known)}" if known else ""))
-    for entry in own:
-        registry.ask(entry, "leave")
-    give_up_s = time.monotonic() + LEAVE_S
-    nodes = {entry.node for entry in own}
-    while nodes & {entry.node for entry in registry.entries()}:
-        if time.monotonic() > give_up_s:
-            raise DeviceRefused(f"a member of '{run}' has not left within {LEAVE_S:g} s: its step takes longer, or it hangs")
-        time.sleep(0.1)
-    if as_json:
-        sys.stdout.write(json.dumps({"run": run, "left": sorted(nodes)}) + "\n")
-    else:
-        sys.stdout.write(f"left '{run}' with {len(nodes)} member{'s' if len(nodes) > 1 else ''}\n")

@@ -28,9 +28,10 @@ from torch.utils.data import default_collate
 from shoal.errors import DeviceRefused, ShoalError
 from shoal.pytorch.trainee import TorchTrainee
 from shoal.runs.progress import Progress
-from shoal.runs.registry import Registered, entries
+from shoal.runs.registry import Registered, ask, entries
 from shoal.runs.run import Run, StepDone, Task
 from shoal.runs.trust import Trust, check_plain
+from shoal.runs.votes import FILE
 from shoal.training.samples import Interval, SampleOrder
 
 
@@ -198,8 +199,8 @@ def join(
     place = folder if folder is not None else os.environ.get("SHOAL_FOLDER")
     file = trust or (Path(os.environ["SHOAL_TRUST"]) if os.environ.get("SHOAL_TRUST") else None)
     others = tuple(peer for peer in chosen if peer)
-    if not others:
-        _check_name_is_free(name)
+    if not others and not (place and (Path(place) / FILE).exists()):
+        _check_name_is_free(name)  # who comes back is awaited under that name
     address = listen or os.environ.get("SHOAL_LISTEN") or "127.0.0.1:0"
     if file is None:
         check_plain(address)
@@ -234,7 +235,7 @@ def _tell_in_one_line(kind: type[BaseException], error: BaseException, trace: Tr
 def _check_name_is_free(name: str) -> None:
     """`shoal leave` and `shoal runs` tell runs by name. Raises DeviceRefused."""
     for entry in entries():
-        if entry.run == name:
+        if entry.run == name and (ask(entry, "status") or {}).get("members"):
             raise DeviceRefused(
                 f"a run '{name}' is under way on this device: take part in it with --peer {entry.address}, "
                 f"end it with `shoal leave {name}`, or give this one another name"

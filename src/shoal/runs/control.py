@@ -178,6 +178,11 @@ class Control:
         """Whether this member may act on its record now."""
         return self.core.is_running(time.monotonic())
 
+    def listed(self) -> tuple[list[NodeId], list[NodeId]]:
+        """Who is in the record, and who of them is not here."""
+        nodes = [member.node for member in self.core.committed.members]
+        return nodes, [node for node in nodes if node != self.me and node not in self._links]
+
     def has_links(self) -> bool:
         """Whether any other member is connected."""
         return bool(self._links)

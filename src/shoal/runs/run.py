@@ -36,10 +36,12 @@ from shoal.exchange.wire import SocketWire
 from shoal.ids import GroupId, NodeId
 from shoal.membership.group.facts import (
     Attach,
+    CheckpointDue,
     CreateGroup,
     JoinGroup,
     LeaveGroup,
     RecordAdopted,
+    Recover,
     ReportProgress,
     Resumed,
     Suspended,
@@ -66,6 +68,7 @@ NUDGE_S = 0.3
 JOIN_S = 30.0
 """Without a link to any member for so long, a joiner gives up: nobody answers, or the run has ended."""
 ANSWER_S = 2.0
+_EPOCHS_PER_GENERATION = 1 << 20
 DONATE_S = 10.0
 GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
@@ -210,7 +213,7 @@ class Run:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._disk = ThreadPoolExecutor(1, "shoal-disk")
         self._background = ThreadPoolExecutor(16, "shoal-background")
-        self._is_closed = self._is_leaving = False
+        self._is_closed = self._is_leaving = self._is_suspended = False
         self._fatal: Exception | None = None
         self._wires: dict[tuple[int, NodeId], socket.socket] = {}
         self._accepted: set[socket.socket] = set()
@@ -373,6 +376,7 @@ class Run:
 
     def statistics(self) -> dict[str, object]:
         """For `shoal runs`."""
+        listed, absent = self._control.listed()
         with self._lock:
             core = self._core
             return {
@@ -383,6 +387,10 @@ class Run:
                 "step": core.applied,
                 "num_steps": self.settings.num_steps,
                 "members": len(self.members),
+                "has_state": core.ledger is not None,
+                "is_suspended": self._is_suspended,
+                "num_listed": len(listed),
+                "absent": absent,
                 "loss": self.loss,
                 "samples_per_s": round(core.samples_per_s, 2),
                 "plan": self._opened.plan.policy if self._opened is not None and self._opened.plan is not None else None,
@@ -542,6 +550,8 @@ class Run:
             asked = receive_message(sock)
             if asked == b"leave":
                 self.leave()
+            elif asked == b"recover" and self._is_suspended and self._core.ledger is not None:
+                self._control.command(Recover(self.name))
             send_message(sock, msgspec.json.encode(self.statistics()))
         except ShoalError:
             pass
@@ -635,11 +645,31 @@ class Run:
             parts = {
                 part: tuple(each.node for each in fact.record.members if each.part == part) for part in ("active", "shadow")
             }
-            self._tell(m.Adopted(self.settings.epoch_base + fact.record.epoch, parts["active"], parts["shadow"]))
+            # A recovered run outranks all epochs of the one before, however many those who were lost had.
+            generation = (fact.record.generation >> 32) - 1
+            epoch = self.settings.epoch_base + fact.record.epoch + generation * _EPOCHS_PER_GENERATION
+            self._tell(m.Adopted(epoch, parts["active"], parts["shadow"]))
         elif isinstance(fact, Suspended):
-            self._tell(m.Halted())
+            self._suspend()
+        elif isinstance(fact, CheckpointDue):
+            self._inbox.put(lambda: self._save() if self._core.ledger is not None else None)
         elif isinstance(fact, Resumed):
+            if self._is_suspended:
+                self._is_suspended = False
+                self._warn(f"'{self.name}' goes on: it has a majority of its members again")
             self._tell(m.Resumed())
+
+    def _suspend(self) -> None:
+        self._tell(m.Halted())
+        if self.is_finished or self._is_closed:
+            return
+        self._is_suspended = True
+        listed, absent = self._control.listed()
+        do = "does" if len(absent) == 1 else "do"
+        self._warn(
+            f"'{self.name}' waits: {len(absent)} of its {len(listed)} members {do} not answer, and a majority has to. "
+            f"It goes on when they are back; are they lost for good: `shoal runs recover {self.name}`"
+        )
 
     def _take_settings(self, value: bytes) -> ShoalError | None:
         theirs = msgspec.msgpack.decode(value, type=Settings)
@@ -1056,7 +1086,7 @@ class Run:
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
-        sys.stderr.write(f"shoal: {line}\n")
+        sys.stderr.write(("\n" if sys.stderr.isatty() else "") + f"shoal: {line}\n")
 
     def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
