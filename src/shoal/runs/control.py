@@ -115,6 +115,8 @@ class Control:
         self.run, self.me, self._trust = life.run, life.node, trust
         self.incarnation, self.founding = life.incarnation, founding
         self.addresses: dict[NodeId, str] = {}
+        self.other_runs: dict[str, str] = {}
+        """Where another run was found than this one."""
         self._incarnations: dict[NodeId, int] = {}
         self._is_returning = bool(life.group)
         """It has not been in a record in this life."""
@@ -242,6 +244,8 @@ class Control:
                 return
             finally:
                 self._queue.put(lambda: self._dialling.discard(address))
+            if answer.run != self.run:
+                self.other_runs[address] = answer.run
             if answer.node == self.me or answer.run != self.run:
                 sock.close()
                 return

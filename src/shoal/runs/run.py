@@ -285,6 +285,11 @@ class Run:
                 continue
             if core.ledger is not None or self._control.has_links():
                 heard_s = time.monotonic()
+            elif self._peers and all(peer in self._control.other_runs for peer in self._peers):
+                address, other = next(iter(self._control.other_runs.items()))
+                raise DeviceRefused(
+                    f"the run at {address} is '{other}', and this one is '{self.name}': is it the same script?"
+                )
             elif time.monotonic() - heard_s > JOIN_S:
                 raise unreachable(self._peers)
             with suppress(queue.Empty):
@@ -517,6 +522,9 @@ class Run:
     def _accept(self, sock: socket.socket, hello: Hello) -> None:
         """A connection came in; on a thread of its own."""
         if hello.run != self.name or self._is_closed:
+            if hello.kind == "control":
+                with suppress(ShoalError):
+                    send_message(sock, msgspec.msgpack.encode(Hello(self.name, "control", self.me)))  # not the one sought
             sock.close()
             return
         with self._lock:
