@@ -567,9 +567,9 @@ def leave(
 ) -> None:
     """Take this device out of its cluster; or out of a training run, at the next step boundary: the others go on."""
     if run is not None:
-        from shoal.cli import train
+        from shoal.cli import runs
 
-        train.leave(run, as_json=json)
+        runs.leave(run, as_json=json)
         return
     from shoal.cli import members as verb
     from shoal.runtime.node.state import default_folder
@@ -623,12 +623,29 @@ def train(
     verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for, place, plain))
 
 
-@app.command()
-def runs(json: Json = False) -> None:
-    """Training runs that this device takes part in."""
-    from shoal.cli import train as verb
+runs_app = typer.Typer(name="runs", help="Training runs that this device takes part in.")
+app.add_typer(runs_app)
 
-    verb.runs(as_json=json)
+
+@runs_app.callback(invoke_without_command=True)
+def runs(context: typer.Context, json: Json = False) -> None:
+    """Training runs that this device takes part in."""
+    from shoal.cli import runs as verb
+
+    if context.invoked_subcommand is None:
+        verb.runs(as_json=json)
+
+
+@runs_app.command()
+def recover(
+    run: Annotated[str, typer.Argument(help="One of `shoal runs`.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Go on without the members that are lost.")] = False,
+    json: Json = False,
+) -> None:
+    """The last resort for a run whose majority is lost for good: says what is kept and lost; with --yes it goes on."""
+    from shoal.cli import runs as verb
+
+    verb.recover(run, is_sure=yes, as_json=json)
 
 
 lab_app = typer.Typer(
