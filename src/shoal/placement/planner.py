@@ -494,6 +494,8 @@ class _Mover:
         layer_bytes = max(self._model.layer_bytes) + self._model.cache_bytes_per_layer
         if life.memory_left_bytes < layer_bytes and life.accelerator_left_bytes < layer_bytes:
             return "memory: one more layer would be streamed" if not life.streamed_bytes else "memory: reads are hidden"
+        if stage.num_layers == self._model.num_layers:
+            return "speed: it does all there is to do"
         if stage.num_layers == 0:
             return "speed: only the output projection is worth its time"
         return "speed: others would wait for it longer"
