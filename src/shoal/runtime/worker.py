@@ -241,6 +241,7 @@ class Worker:
             num_threads_prefill=profile.num_threads_prefill,
             spreads=profile.spreads,
             measured_s=time.time(),
+            is_steady=profile.is_steady,
             accelerator=None if start.compute_device else self._measured_accelerator(),
         )
 
