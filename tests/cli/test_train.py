@@ -74,12 +74,67 @@ def test_runs_are_listed_and_left(tmp_path: Path) -> None:
         assert {(row["run"], row["phase"], row["members"]) for row in rows} == {("slow", "active", 2)}
         assert "no run 'other': it is in slow" in shoal(tmp_path, "leave", "other").stderr
         assert "slow" in shoal(tmp_path, "runs").stdout
+        again = shoal(tmp_path, "train", str(script))
+        assert again.returncode == 1
+        assert again.stderr.startswith("shoal: a run 'slow' is under way on this device: take part in it with --peer 127.")
         assert shoal(tmp_path, "leave", "slow").stdout == "left 'slow' with 2 members\n"
         assert process.wait(20) == 0
         assert "no run on this device" in shoal(tmp_path, "runs").stdout
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
+
+
+def listed(state: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(shoal(state, "runs", "--json").stdout)
+    return rows
+
+
+@pytest.mark.full
+def test_a_run_whose_majority_is_lost_is_recovered(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "shoal", "train", "--plain"]
+    founder = subprocess.Popen([*command, "--wait-for", "2", str(script)], env=environment(tmp_path))
+    other: subprocess.Popen[bytes] | None = None
+    try:
+        give_up_s = time.monotonic() + 60
+        while not (rows := listed(tmp_path)):
+            assert time.monotonic() < give_up_s
+        other = subprocess.Popen([*command, "--peer", str(rows[0]["address"]), str(script)], env=environment(tmp_path))
+        node = rows[0]["node"]
+        while len(rows := listed(tmp_path)) < 2 or any(row["members"] != 2 for row in rows):
+            assert time.monotonic() < give_up_s
+        assert shoal(tmp_path, "runs", "recover", "slow").stderr.startswith("shoal: 'slow' has a majority of its members")
+        os.kill(json.loads((tmp_path / "runs" / f"{node}.json").read_text())["pid"], signal.SIGKILL)
+        while not any(row["is_suspended"] for row in listed(tmp_path)):
+            assert time.monotonic() < give_up_s
+        assert " suspended " in shoal(tmp_path, "runs").stdout
+        told = shoal(tmp_path, "runs", "recover", "slow")
+        assert told.returncode == 1
+        assert told.stdout.startswith("'slow' waits: 1 of its 2 members answers")
+        assert f"lost: member {str(node)[:8]}, and every step after" in told.stdout
+        step = int(str(listed(tmp_path)[0]["step"]))
+        done = shoal(tmp_path, "runs", "recover", "slow", "--yes")
+        assert done.stdout == f"'slow' goes on after step {step + 1} without member {str(node)[:8]}\n"
+        while int(str(listed(tmp_path)[0]["step"])) < step + 3:
+            assert time.monotonic() < give_up_s
+        assert shoal(tmp_path, "leave", "slow").returncode == 0
+        assert other.wait(20) == 0
+    finally:
+        for process in (founder, other):
+            if process is not None:
+                process.terminate()
+                process.wait(20)
+
+
+@pytest.mark.full
+def test_what_a_run_says_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SCRIPT)
+    refused = shoal(tmp_path, "train", "--devices", "2", "--folder", str(script / "inside"), str(script))
+    assert refused.returncode == 1
+    assert refused.stderr == f"shoal: {script / 'inside'} cannot be written to: Not a directory\n"
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

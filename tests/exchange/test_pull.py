@@ -66,6 +66,24 @@ def test_several_donors_give_one_state() -> None:
 
 
 @pytest.mark.slow
+def test_a_donor_that_has_the_state_a_moment_later_gives_its_share() -> None:
+    donors = Donors("a", "b", "c", share=0.002)
+    late = NodeId("c")
+    donors.shelves[late].share = 1.0
+    donors.shelves[late].take("state")
+    puller = Puller(donors.dial)
+    timer = threading.Timer(0.1, donors.put, (donors.shelves[late], donors.state))
+    timer.start()
+    fetched = puller.fetch("state", donors.shelves)
+    timer.join()
+    assert fetched is not None
+    assert (fetched.data == donors.state).all()
+    assert fetched.complete.num_shards[late] > 0
+    puller.close()
+    donors.end()
+
+
+@pytest.mark.slow
 def test_a_donor_that_dies_in_the_middle_and_one_that_has_other_bits() -> None:
     donors = Donors("a", "b", "c", "d")
     wrong = donors.state.copy()

@@ -35,7 +35,8 @@ def one_device(max_tokens: int, model: Path | None = None) -> dict[str, Any]:
 
 def in_home4(max_tokens: int, *, scale_bytes: float = 1.0) -> Facts:
     home = msgspec.structs.replace(scenario.load("home4"), scale_bytes=scale_bytes, seconds_max=100)
-    asked = with_model(home, demo_model(), PROMPT, max_tokens=max_tokens, threads=1)
+    # By hand: planned, so small a model stays on one device.
+    asked = with_model(home, demo_model(), PROMPT, max_tokens=max_tokens, threads=1, layers="8,8,7,7")
     return run(asked, prepare=lambda lab: vouch_for_copies(lab, demo_model()))
 
 

@@ -32,6 +32,12 @@ OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer
 }
 
 
+@pytest.fixture(autouse=True)
+def _own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of other tests on this machine have the same name."""
+    monkeypatch.setenv("SHOAL_STATE", str(tmp_path / "state"))
+
+
 def model_of() -> torch.nn.Sequential:
     torch.manual_seed(3)
     return torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.Tanh(), torch.nn.Linear(24, 1))

@@ -34,12 +34,13 @@ class Member:
         clip_norm: float | None = 5.0,
         order: SampleOrder | None = None,
         trust: Trust | None = None,
+        name: str = "test",
     ) -> None:
         self.trainee = Linear(padding=padding)
         self.compute_s, self.clip_norm = compute_s, clip_norm
         self.order = order or SampleOrder(3, NUM_SAMPLES, GLOBAL_BATCH)
         self.run = Run(
-            "test", self.trainee, self.order, num_steps=num_steps, peers=peers, members_min=members_min, folder=folder,
+            name, self.trainee, self.order, num_steps=num_steps, peers=peers, members_min=members_min, folder=folder,
             checkpoint_every=checkpoint_every, trust=trust,
         )  # fmt: skip
         self.done: list[StepDone] = []

@@ -192,6 +192,10 @@ def test_another_script_is_refused() -> None:
     longer = Member(peers=(founder.run.address,), num_steps=999)
     longer.thread.join(10.0)
     assert "has 1000 steps, here 999" in str(longer.error)
+    stranger = Member(peers=(founder.run.address,), name="stranger")
+    stranger.thread.join(10.0)
+    assert isinstance(stranger.error, DeviceRefused)
+    assert "is 'test', and this one is 'stranger': is it the same script?" in str(stranger.error)
     founder.run.leave()
     founder.end()
 

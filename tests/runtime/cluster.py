@@ -15,10 +15,9 @@ import psutil
 
 from shoal.cli.client import OwnAgent, open_channel
 from shoal.cli.run import Answer, ask
+from shoal.compute.model import Model
+from shoal.errors import ShoalError
 from shoal.runtime.messages import AskStatus, EngineOptions, Generate, Sampling, Status
-
-NUM_LAYERS = 3
-"""Of the tiny models."""
 
 
 @dataclass
@@ -35,8 +34,7 @@ class Cluster:
         """Where the request leaves open who holds what, all agents take part: planned, so small a model stays on one."""
         num_devices, options = len(self.agents), request.options
         if num_devices > 1 and options.layer_counts is None and options.placement == "planned":
-            counts = [NUM_LAYERS // num_devices] * num_devices
-            counts[-1] += NUM_LAYERS % num_devices
+            counts = _even_counts(Path(request.model), num_devices)
             request = msgspec.structs.replace(request, options=msgspec.structs.replace(options, layer_counts=counts))
         return await ask(self.head.address, request, show=on_text, status=lambda _: None)
 
@@ -54,6 +52,16 @@ class Cluster:
             return psutil.Process(self.agents[index].pid).children()
         except psutil.NoSuchProcess:
             return []
+
+
+def _even_counts(path: Path, num_devices: int) -> list[int] | None:
+    """None for what is no model."""
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ShoalError), contextlib.closing(Model(path)) as model:
+        num_layers = model.shape.num_layers
+        return [num_layers * (1 + index) // num_devices - num_layers * index // num_devices for index in range(num_devices)]
+    return None
 
 
 @contextlib.asynccontextmanager

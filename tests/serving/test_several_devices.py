@@ -66,7 +66,7 @@ def test_answers_of_two_devices_are_those_of_one(server: Server, served_models: 
 
 def test_an_agent_that_runs_already_is_used_and_outlives_the_server(server: Server, served_models: Path) -> None:
     with device("other", served_models) as other, device("head", served_models, other) as head:
-        with running(f"--agent={head}", models=None) as together:
+        with running(f"--agent={head}", "--layers=1,2", models=None) as together:
             check_answers(server, together, num_devices=2)
             with together.openai() as client:
                 assert {model.id for model in client.models.list()} >= {"exact", "embedder", "talker"}

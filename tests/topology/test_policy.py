@@ -10,7 +10,7 @@ from shoal.ids import NodeId
 from shoal.network.graph import Link
 from shoal.topology.bound import bound_bytes_per_s
 from shoal.topology.fapt import netstorm
-from shoal.topology.policy import has_moved, plan_for, revised
+from shoal.topology.policy import CHUNK_BYTES_MAX, chunk_bytes_of, has_moved, plan_for, revised
 from shoal.topology.star import star
 
 A, B, C, D = (NodeId(name) for name in "abcd")
@@ -76,3 +76,13 @@ def test_a_plan_changes_where_that_gains_and_not_for_noise() -> None:
     assert other is not plan
     assert other.rate_bytes_per_s >= 0.9 * bound_bytes_per_s(swapped)
     assert revised(plan, swapped, num_bytes=1e3) is plan, "a thousand bytes gain nothing"
+
+
+def test_chunks_grow_with_the_slowest_link() -> None:
+    a, b = NodeId("a"), NodeId("b")
+    links = {Link(a, b): 1e9, Link(b, a): 1e9}
+    plan = plan_for((a, b), links, num_bytes=100e6)
+    assert chunk_bytes_of(plan, {}, num_bytes=100e6) == 64 * 1024
+    assert chunk_bytes_of(plan, links, num_bytes=100e6) == CHUNK_BYTES_MAX
+    assert chunk_bytes_of(plan, links, num_bytes=2.2e6) == 128 * 1024, "enough of them to keep all links busy"
+    assert chunk_bytes_of(plan, {**links, Link(a, b): 10e6}, num_bytes=100e6) == 64 * 1024

@@ -21,6 +21,7 @@ from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
 from shoal.training.samples import Interval, SampleOrder
 from tests.membership.group_world import RUN, Group
+from tests.training.invariants import Invariants
 
 Model = list[tuple[int, ...]]
 POLL_S = 0.05
@@ -60,8 +61,7 @@ class RunWorld(Group):
         self.num_steps = num_steps
         self.order = SampleOrder(seed, self.rng.randint(7, 40), self.rng.randint(2, 9))
         self.devices: dict[NodeId, Device] = {}
-        self.committed: dict[int, Entry] = {}
-        self.bits: dict[tuple[int, int], str] = {}
+        self.invariants = Invariants(self.order)
         self.exchanges: dict[int, Exchange] = {}
         self.num_restarts = self.num_redone = self.num_replayed = 0
         self.done: set[NodeId] = set()
@@ -80,6 +80,11 @@ class RunWorld(Group):
             self.command(name, JoinGroup(RUN))
         for name in self.names:
             self._nudge(name)
+
+    @property
+    def committed(self) -> dict[int, Entry]:
+        """What some device knows to count, by step."""
+        return self.invariants.committed
 
     # ---- faults
 
@@ -169,6 +174,7 @@ class RunWorld(Group):
             if who != node:
                 continue
             if isinstance(fact, RecordAdopted):
+                self.invariants.adopted(fact.record)
                 parts = {
                     part: tuple(each.node for each in fact.record.members if each.part == part)
                     for part in ("active", "shadow")
@@ -192,7 +198,7 @@ class RunWorld(Group):
             if device.core.open_epoch is not None:
                 by_epoch.setdefault(device.core.open_epoch, []).append(device.core.applied)
         for epoch, applied in by_epoch.items():
-            assert max(applied) - min(applied) <= 1, f"members of epoch {epoch} are more than one step apart"
+            self.invariants.apart(epoch, applied)
 
     def _carry_out(self, name: NodeId, effect: m.Effect) -> None:
         device = self.devices[name]
@@ -204,6 +210,7 @@ class RunWorld(Group):
             self.command(name, ReportProgress(RUN, effect.applied, effect.has_state, effect.is_ready))
         elif isinstance(effect, m.Open):
             device.errand += 1
+            self.invariants.opened(device.core.applied, device.digest)
             exchange = self.exchanges.setdefault(effect.epoch, Exchange(effect.members))
             assert exchange.rates in (None, effect.rates), "members of an epoch would plan from different rates"
             exchange.rates = effect.rates
@@ -216,9 +223,8 @@ class RunWorld(Group):
         elif isinstance(effect, m.Apply):
             self._apply(name, effect.step)
         elif isinstance(effect, Committed):
-            assert self[name].standing is Standing.RUNNING or len(self.exchanges) == 0, "committed without a quorum"
-            known = self.committed.setdefault(effect.entry.step, effect.entry)
-            assert known == effect.entry, "a step was committed in two ways"
+            is_running = self[name].standing is Standing.RUNNING or len(self.exchanges) == 0
+            self.invariants.says_committed(effect.entry, self.now_s, is_running=is_running)
         elif isinstance(effect, m.Snapshot):
             device.snapshot = (list(device.model), device.core.entries) if effect.num_donors else None
         elif isinstance(effect, m.PullState):
@@ -273,11 +279,10 @@ class RunWorld(Group):
         device = self.devices[name]
         epoch = device.core.open_epoch
         assert epoch is not None
-        assert self[name].standing is Standing.RUNNING, "applied without a quorum"
         parts = sorted(part for part, _ in self.exchanges[epoch].steps[step].values())
         samples = tuple(sample for part in parts for sample in self.order.samples(part))
         device.model.append(samples)
-        assert self.bits.setdefault((epoch, step), device.digest) == device.digest, "one step, different bits"
+        self.invariants.applied(epoch, step, device.digest, is_running=self[name].standing is Standing.RUNNING)
         self.applied_at_s.append(self.now_s)
         self.say(name, m.StepApplied(step, device.digest))
         self._keep(device, step, samples)

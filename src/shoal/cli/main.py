@@ -39,11 +39,15 @@ Plain = Annotated[
 Models = Annotated[list[Path] | None, typer.Option("--models", help="A folder with .gguf files; repeat for more.")]
 Memory = Annotated[str | None, typer.Option(help="Most memory that shoal may take here, such as 8GB.", metavar="SIZE")]
 Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threads; measured if not given.")]
-Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal status` lists them.")]
+Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal doctor` lists them.")]
 Name = Annotated[str | None, typer.Option(help="This device's name; the host's if not given.")]
 AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to ask; {DEFAULT_AGENT} if one runs there.")]
 Rounds = Annotated[
     int | None, typer.Option(min=1, max=255, help="How often a token goes round the devices; planned if not given.")
+]
+GpuLayers = Annotated[
+    str | None,
+    typer.Option(help="With --layers, how many of them a graphics processor computes: 4,0,0.", metavar="COUNTS"),
 ]
 PlacementText = Annotated[
     str,
@@ -232,6 +236,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for more.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
+    gpu_layers: GpuLayers = None,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -259,6 +264,7 @@ def run(
             options=EngineOptions(
                 context=context,
                 layer_counts=verb.parse_counts(layers),
+                accelerator_layers=verb.parse_gpu_layers(gpu_layers, layers),
                 placement=verb.parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
@@ -394,6 +400,7 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
     ] = None,
+    gpu_layers: GpuLayers = None,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -416,7 +423,7 @@ def serve(
 ) -> None:
     """Serve models to any program written for OpenAI's API. Ctrl-C leaves."""
     from shoal.cli import serve as verb
-    from shoal.cli.run import parse_counts, parse_placement, parse_residency
+    from shoal.cli.run import parse_counts, parse_gpu_layers, parse_placement, parse_residency
     from shoal.cli.up import agent_options
     from shoal.runtime.channel import split_address
     from shoal.runtime.messages import EngineOptions
@@ -436,6 +443,7 @@ def serve(
             engine=EngineOptions(
                 context=context,
                 layer_counts=parse_counts(layers),
+                accelerator_layers=parse_gpu_layers(gpu_layers, layers),
                 placement=parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
@@ -559,9 +567,9 @@ def leave(
 ) -> None:
     """Take this device out of its cluster; or out of a training run, at the next step boundary: the others go on."""
     if run is not None:
-        from shoal.cli import train
+        from shoal.cli import runs
 
-        train.leave(run, as_json=json)
+        runs.leave(run, as_json=json)
         return
     from shoal.cli import members as verb
     from shoal.runtime.node.state import default_folder
@@ -615,12 +623,29 @@ def train(
     verb.train(verb.Settings(script, arguments or [], listen, peer or [], folder, devices, wait_for, place, plain))
 
 
-@app.command()
-def runs(json: Json = False) -> None:
-    """Training runs that this device takes part in."""
-    from shoal.cli import train as verb
+runs_app = typer.Typer(name="runs", help="Training runs that this device takes part in.")
+app.add_typer(runs_app)
 
-    verb.runs(as_json=json)
+
+@runs_app.callback(invoke_without_command=True)
+def runs(context: typer.Context, json: Json = False) -> None:
+    """Training runs that this device takes part in."""
+    from shoal.cli import runs as verb
+
+    if context.invoked_subcommand is None:
+        verb.runs(as_json=json)
+
+
+@runs_app.command()
+def recover(
+    run: Annotated[str, typer.Argument(help="One of `shoal runs`.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Go on without the members that are lost.")] = False,
+    json: Json = False,
+) -> None:
+    """The last resort for a run whose majority is lost for good: says what is kept and lost; with --yes it goes on."""
+    from shoal.cli import runs as verb
+
+    verb.recover(run, is_sure=yes, as_json=json)
 
 
 lab_app = typer.Typer(

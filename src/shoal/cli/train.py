@@ -1,31 +1,24 @@
-"""`shoal train`, `shoal runs`, `shoal leave`: a training script as a member of a run, and what this device takes part in."""
+"""`shoal train`: a script as a member of a run, or as several on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.table import Table
+from typing import NamedTuple
 
 from shoal.errors import DeviceRefused, DeviceUnreachable
-from shoal.runs import registry
 from shoal.runs.port import parse_address
 from shoal.runs.trust import Trust, check_plain, is_loopback
 from shoal.runtime.node.owner import AskCluster, ClusterStatus, OwnerLink
 from shoal.transport.identity import DeviceKeys
 
-LEAVE_S = 60.0
 _ENDED_S = 10.0
 
 
@@ -59,7 +52,8 @@ def train(settings: Settings) -> None:
     for address in (settings.listen, *settings.peers):
         parse_address(address)
     with TemporaryDirectory(prefix="shoal-run-") as folder:
-        sys.exit(_wait(_start(settings, _trust_files(settings, Path(folder)))))
+        place = Path(folder)
+        sys.exit(_wait(_start(settings, _trust_files(settings, place), place), place))
 
 
 def _trust_files(settings: Settings, folder: Path) -> list[Path | None]:
@@ -98,7 +92,7 @@ def _cluster(state: Path) -> list[bytes]:
     return [bytes.fromhex(member.public_key) for member in status.members if member.public_key]
 
 
-def _start(settings: Settings, trust: list[Path | None]) -> list[subprocess.Popen[bytes]]:
+def _start(settings: Settings, trust: list[Path | None], scratch: Path) -> list[subprocess.Popen[bytes]]:
     host, port = parse_address(settings.listen)
     if settings.devices > 1 and port == 0:
         port = _free_port(host)
@@ -116,11 +110,22 @@ def _start(settings: Settings, trust: list[Path | None]) -> list[subprocess.Pope
             # Several on one machine share its processors; each taking all of them would slow all.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // settings.devices)))
         command = [sys.executable, str(settings.script), *settings.arguments]
-        # One says how far it is; the others would say the same.
-        output = subprocess.DEVNULL if index else None
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=output)
+        # One says how far it is; the others would say the same, and are heard only where they fail.
+        with ExitStack() as stack:
+            said = stack.enter_context(_said_by(scratch, index).open("wb")) if index else None
+            output = subprocess.DEVNULL if index else None
+            process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=output, stderr=said)
         processes.append(process)
     return processes
+
+
+def _said_by(scratch: Path, index: int) -> Path:
+    return scratch / f"said-{index + 1}"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("shoal: ") if lines else "it said nothing"
 
 
 def _folder(folder: Path | None, index: int) -> Path | None:
@@ -133,7 +138,7 @@ def _free_port(host: str) -> int:
         return int(server.getsockname()[1])
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path) -> int:
     """The first one's status. Ctrl-C and SIGTERM are passed on: members leave at a step boundary."""
 
     def pass_on(number: int, _: object) -> None:
@@ -144,12 +149,12 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         status = processes[0].wait()
-        for process in processes[1:]:
+        for index, process in enumerate(processes[1:], 1):
             # The others have their last step as well, and only their end to come to.
             with suppress(subprocess.TimeoutExpired):
-                if process.wait(_ENDED_S) != 0:
-                    device = processes.index(process) + 1
-                    sys.stderr.write(f"shoal: device {device} ended with status {process.returncode}\n")
+                if process.wait(_ENDED_S) != 0 and status == 0:
+                    reason = _last_line(_said_by(scratch, index))
+                    sys.stderr.write(f"shoal: device {index + 1} ended with status {process.returncode}: {reason}\n")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -158,58 +163,3 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
                 process.kill()
                 process.wait()
     return status
-
-
-def runs(*, as_json: bool) -> None:
-    """Lists the runs that this device takes part in."""
-    rows: list[dict[str, Any]] = []
-    for entry in registry.entries():
-        said = registry.ask(entry, "status")
-        rows.append(said or {"run": entry.run, "node": entry.node, "address": entry.address, "phase": "silent"})
-    if as_json:
-        sys.stdout.write(json.dumps(rows) + "\n")
-        return
-    if not rows:
-        sys.stdout.write("no run on this device: `shoal train SCRIPT` starts one\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for title in ("RUN", "DEVICE", "STATE", "STEP", "LOSS", "DEVICES", "SAMPLES/S", "ADDRESS"):
-        table.add_column(title, justify="right" if title in ("STEP", "LOSS", "DEVICES", "SAMPLES/S") else "left")
-    for row in rows:
-        loss = row.get("loss")
-        table.add_row(
-            row["run"],
-            str(row["node"])[:8],
-            row["phase"],
-            f"{row['step'] + 1}/{row['num_steps']}" if "step" in row else "",
-            f"{loss:.4f}" if loss is not None else "",
-            str(row.get("members", "")),
-            f"{row['samples_per_s']:.3g}" if "samples_per_s" in row else "",
-            row["address"],
-        )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def leave(run: str, *, as_json: bool) -> None:
-    """Lets this device's members of a run leave at the next step boundary, and waits for it.
-
-    Raises:
-        ValueError: this device is in no such run.
-        DeviceRefused: one has not left in time.
-    """
-    own = [entry for entry in registry.entries() if entry.run == run]
-    if not own:
-        known = sorted({entry.run for entry in registry.entries()})
-        raise ValueError(f"this device is in no run '{run}'" + (f": it is in {', '.join(known)}" if known else ""))
-    for entry in own:
-        registry.ask(entry, "leave")
-    give_up_s = time.monotonic() + LEAVE_S
-    nodes = {entry.node for entry in own}
-    while nodes & {entry.node for entry in registry.entries()}:
-        if time.monotonic() > give_up_s:
-            raise DeviceRefused(f"a member of '{run}' has not left within {LEAVE_S:g} s: its step takes longer, or it hangs")
-        time.sleep(0.1)
-    if as_json:
-        sys.stdout.write(json.dumps({"run": run, "left": sorted(nodes)}) + "\n")
-    else:
-        sys.stdout.write(f"left '{run}' with {len(nodes)} member{'s' if len(nodes) > 1 else ''}\n")

@@ -38,6 +38,7 @@ _CONTROL_BYTES_MAX = 64 << 20
 """Of one control frame: a ledger of a million steps has about so much."""
 _CLOSE_S = 2.0
 _LOOK_S = 0.1
+_ASK_AGAIN_S = 0.05
 """How often a fetch that waits looks whether it is still wanted."""
 _PIECE_BYTES = 64 * 1024
 _BEGIN_BYTES_PER_S, _BEGIN_LATENCY_S = 10e6, 0.01
@@ -249,6 +250,8 @@ class Puller:
         self._manifest: Manifest | None = None
         self._data: ByteArray = np.empty(0, np.uint8)
         self._complete: Complete | None = None
+        self._sources: set[NodeId] = set()
+        """Donors that have what is being fetched."""
 
     def close(self) -> None:
         """Closes all connections; a `fetch` that is open ends."""
@@ -304,22 +307,31 @@ class Puller:
             first = next(iter(agreed.values()))
             if shard_hash(first.about) != first.manifest.about:
                 raise RemoteProtocolError("what a donor tells of its state does not match its manifest")
-            return self._pull(first, list(agreed), give_up)
+            return self._pull(first, wanted, list(agreed), give_up)
 
-    def _pull(self, first: _Manifest, nodes: list[NodeId], give_up: Callable[[], bool]) -> Fetched | None:
+    def _pull(
+        self, first: _Manifest, wanted: list[NodeId], nodes: list[NodeId], give_up: Callable[[], bool]
+    ) -> Fetched | None:
+        """From `nodes`, which have it, and from others of `wanted` as soon as they do: they may learn a moment later that
+        somebody joins."""
         manifest = self._manifest = first.manifest
         self._data = np.empty(manifest.num_bytes, np.uint8)
         self._core = Pull(len(manifest.hashes), manifest.shard_bytes, now_s=time.monotonic())
+        self._sources = set()
         for node in nodes:
-            rate, latency_s = self._measured(node) or (_BEGIN_BYTES_PER_S, _BEGIN_LATENCY_S)
-            self._tell(SourceFound(Source(node, rate, latency_s)))
+            self._take_source(node)
+        ask_s = time.monotonic() + _ASK_AGAIN_S
         while self._complete is None:
-            if give_up() or all(self._peers[node].is_lost for node in nodes if node in self._peers):
+            if give_up() or all(self._peers[node].is_lost for node in self._sources if node in self._peers):
                 break
+            if time.monotonic() >= ask_s:
+                ask_s = time.monotonic() + _ASK_AGAIN_S
+                for node in set(wanted) - self._sources:
+                    self._ask(node, _AskManifest(self._name))
             due_s = self._core.due_s()
             if due_s is None and self._complete is None:
                 break  # nothing is under way: all sources are quarantined
-            wait_s = min(_LOOK_S, max(0.0, due_s - time.monotonic())) if due_s is not None else _LOOK_S
+            wait_s = min(_ASK_AGAIN_S, max(0.0, due_s - time.monotonic()))
             if not self._changed.wait(wait_s):
                 self._tell(TimePassed())
         complete, data = self._complete, self._data
@@ -352,6 +364,11 @@ class Puller:
             self._tell(SourceLost(node))
         self._changed.notify_all()
 
+    def _take_source(self, node: NodeId) -> None:
+        self._sources.add(node)
+        rate, latency_s = self._measured(node) or (_BEGIN_BYTES_PER_S, _BEGIN_LATENCY_S)
+        self._tell(SourceFound(Source(node, rate, latency_s)))
+
     def _ask(self, node: NodeId, message: msgspec.Struct) -> None:
         peer = self._peers.get(node)
         if peer is not None:
@@ -382,11 +399,8 @@ class Puller:
                 message = _decode(_answered, _receive(peer.wire))
                 if not isinstance(message, _Shard):
                     with self._lock:
-                        if message.name == self._name and self._core is None:
-                            peer.answer = message
-                            self._changed.notify_all()
-                        elif message.name == self._name:
-                            break  # it had the state, and took it away
+                        if not self._hears(node, peer, message):
+                            break
                     continue
                 if not 0 < message.num_bytes <= _CONTROL_BYTES_MAX:
                     raise RemoteProtocolError(f"a shard of {message.num_bytes} bytes")
@@ -406,6 +420,19 @@ class Puller:
                 self._lose(node)
         peer.wire.shut()
         peer.wire.close()
+
+    def _hears(self, node: NodeId, peer: _Peer, message: _Manifest | _Missing) -> bool:
+        """What a donor says that it has. False where it had what is being fetched, and took it away."""
+        if message.name != self._name:
+            return True
+        if self._core is None:
+            peer.answer = message
+            self._changed.notify_all()
+        elif isinstance(message, _Missing):
+            return node not in self._sources
+        elif self._manifest is not None and message.manifest.root == self._manifest.root and node not in self._sources:
+            self._take_source(node)
+        return True
 
     def _came(self, node: NodeId, message: _Shard, received: memoryview, digest: bytes) -> None:
         manifest = self._manifest

@@ -40,6 +40,7 @@ from shoal.topology.tree import Plan
 
 CHUNK_BYTES = 64 * 1024
 """Of one chunk; a multiple of 4."""
+CHUNK_BYTES_MAX = 1024 * 1024
 RUN_BYTES_MIN = 128 * 1024
 """Fewer say more about buffers than about the link."""
 PIECE_S = 0.25
@@ -54,7 +55,7 @@ class Exchange:
 
     Args:
         wires: a wire to every device that a plan's routes lead to from here; they belong to the exchange from now on.
-        chunk_bytes: the same on every member.
+        chunk_bytes: until an epoch has others; the same on every member.
         observed: told of what came from a neighbour while it had more to send: bytes, and the seconds they took. Called on
             threads of the exchange; it must not wait.
     """
@@ -67,9 +68,7 @@ class Exchange:
         chunk_bytes: int = CHUNK_BYTES,
         observed: Callable[[NodeId, int, float], None] = lambda _peer, _bytes, _seconds: None,
     ) -> None:
-        if chunk_bytes < 4 or chunk_bytes % 4:
-            raise ValueError(f"chunks of {chunk_bytes} bytes: a float32 has 4, so a multiple of 4")
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = _checked(chunk_bytes)
         self._observed = observed
         self._core = AllReduce(me)
         self._lock = threading.Lock()
@@ -93,11 +92,12 @@ class Exchange:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def enter(self, epoch: int, plan: Plan) -> None:
-        """Begins an epoch; steps count from 0 again. No `all_reduce` may be open.
+    def enter(self, epoch: int, plan: Plan, *, chunk_bytes: int | None = None) -> None:
+        """Begins an epoch, with chunks of another size if it is given, the same on every member; steps count from 0 again.
+        No `all_reduce` may be open.
 
         Raises:
-            ValueError: the epoch is not later, or a route leads to a neighbour without a wire.
+            ValueError: the epoch is not later, a route leads to a neighbour without a wire, or chunks cannot have that size.
             ShoalError: the exchange has failed.
         """
         me = self._core.me
@@ -106,6 +106,8 @@ class Exchange:
             raise ValueError(f"{me} has no wire to {', '.join(missing)}, which the plan '{plan.policy}' needs")
         with self._lock:
             self._raise_failure()
+            if chunk_bytes is not None:
+                self._chunk_bytes = _checked(chunk_bytes)
             self._num_steps = 0
             self._do(Enter(epoch, plan))
 
@@ -226,7 +228,7 @@ class Exchange:
         try:
             while True:
                 wire.receive_into(memoryview(data))
-                frame = unpack(data, payload_bytes_max=self._chunk_bytes)
+                frame = unpack(data, payload_bytes_max=CHUNK_BYTES_MAX)
                 if frame is None:
                     return
                 header, payload_bytes = frame
@@ -242,6 +244,12 @@ class Exchange:
         except ShoalError as error:
             with self._lock:
                 self._fail(error)
+
+
+def _checked(chunk_bytes: int) -> int:
+    if not 4 <= chunk_bytes <= CHUNK_BYTES_MAX or chunk_bytes % 4:
+        raise ValueError(f"chunks of {chunk_bytes} bytes: a multiple of 4 up to {CHUNK_BYTES_MAX} is expected")
+    return chunk_bytes
 
 
 class _Busy:

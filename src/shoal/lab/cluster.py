@@ -338,6 +338,11 @@ class Lab:
 
         return FILL_IN.sub(value, text)
 
+    def way_in(self, device: str) -> list[str]:
+        """Words before a command that make it one of the device's: for whoever starts it with pipes of its own."""
+        place = msgspec.json.encode(records.place_of(self.record, device)).decode()
+        return [sys.executable, "-m", "shoal.lab.enter", place]
+
     def start(self, device: str, command: str | Sequence[str]) -> DeviceProcess:
         """Starts a command on a device; its output goes to files. Placeholders are filled in."""
         words = split_command(command) if isinstance(command, str) else list(command)
@@ -345,10 +350,9 @@ class Lab:
         state = self._devices[device]
         base = self.device_folder(device) / f"{len(state.processes)}"
         stdout, stderr = base.with_suffix(".out"), base.with_suffix(".err")
-        place = msgspec.json.encode(records.place_of(self.record, device)).decode()
         with stdout.open("wb") as out, stderr.open("wb") as err:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "shoal.lab.enter", place, *words],
+                [*self.way_in(device), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ START_S = 20.0
 
 
 class MemberProcess:
-    """One device. `lines` is all that it has told, in order; `node` its id."""
+    """One device. `lines` is all that it has told, in order; `node` its id.
 
-    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+    Args:
+        arguments: more of `member_device`.
+        way_in: words before its command, such as those of a lab.
+    """
+
+    def __init__(self, folder: Path, name: str, *arguments: str, way_in: Sequence[str] = ()) -> None:
         self.folder, self.name = folder, name
         self.lines: list[Line] = []
         self._arrived = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "shoal.lab.member_device", str(folder), name, *arguments],
+            [*way_in, sys.executable, "-m", "shoal.lab.member_device", str(folder), name, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -120,18 +125,27 @@ def member_cluster(folder: Path, num_devices: int, *arguments: str) -> Iterator[
     devices: list[MemberProcess] = []
     try:
         devices += [MemberProcess(folder / f"device-{index}", f"device-{index}", *arguments) for index in range(num_devices)]
-        token = devices[0].ask("invite", str(max(1, num_devices - 1)), answer="invitation")["token"]
-        for device in devices[1:]:
-            if "devices" not in (joined := device.ask("join", token, answer="joined")):
-                raise LabError(f"{device.name} cannot join: {joined['text']}")
-        for device in devices:
-            for other in devices:
-                if other is not device:
-                    device.wait_for(lambda line, node=other.node: line["is"] == "MemberHere" and line["node"] == node)  # type: ignore[misc]
+        make_cluster(devices)
         yield devices
     finally:
         for device in devices:
             device.stop()
+
+
+def make_cluster(devices: Sequence[MemberProcess]) -> None:
+    """The first invites the others; returns when all know each other.
+
+    Raises:
+        LabError: they did not become one.
+    """
+    token = devices[0].ask("invite", str(max(1, len(devices) - 1)), answer="invitation")["token"]
+    for device in devices[1:]:
+        if "devices" not in (joined := device.ask("join", token, answer="joined")):
+            raise LabError(f"{device.name} cannot join: {joined['text']}")
+    for device in devices:
+        for other in devices:
+            if other is not device:
+                device.wait_for(lambda line, node=other.node: line["is"] == "MemberHere" and line["node"] == node)  # type: ignore[misc]
 
 
 def make_group(devices: list[MemberProcess], group: str) -> None:

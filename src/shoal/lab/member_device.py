@@ -9,6 +9,7 @@ A line of JSON on standard input is a list, [verb, argument, ...]:
     create GROUP | enter GROUP | exit GROUP       a group of one; asks to be taken in; asks to be let go
     link GROUP SOURCE up|down                     the link from SOURCE is (not) to be used any more, as presence would find
     status                                        what `shoal status` shows
+    skip SECONDS                                  so much time passes for this device alone, as if it had slept
     hold MEGABYTES                                takes that much memory in huge pages, as a worker holds its caches
     quit
 
@@ -147,6 +148,11 @@ class MemberDevice:
             memory[offset] = 1
         self._memory.append(memory)
         self._speaker.say("holds", num_bytes=num_bytes)
+
+    def _do_skip(self, seconds: str) -> None:
+        now_s = clock.now_s
+        skipped_s = float(seconds)
+        clock.now_s = lambda: now_s() + skipped_s
 
     def _do_status(self) -> None:
         self._speaker.say("status", **msgspec.to_builtins(self.desk.status()))

@@ -84,6 +84,7 @@ def member(address: str, peers: Sequence[str], settings: Settings) -> None:
         print(json.dumps(row), flush=True)  # noqa: T201
 
     run.on_step = note
+    run.on_loss = lambda: print(json.dumps({"lost_at_s": time.monotonic()}), flush=True)  # noqa: T201
     while (task := run.next_task()) is not None:
         part = len(task.part)
         began_s = time.monotonic()
@@ -130,6 +131,11 @@ class Training:
         """What the member has printed so far."""
         text = self.processes[device].stdout.read_text(errors="replace")
         return [Step(*json.loads(line)) for line in text.split("\n")[:-1] if line.startswith("[")]
+
+    def losses(self, device: str) -> list[float]:
+        """When the member noticed that another was lost, on the machine's clock."""
+        text = self.processes[device].stdout.read_text(errors="replace")
+        return [json.loads(line)["lost_at_s"] for line in text.split("\n")[:-1] if line.startswith('{"lost')]
 
     def wait_step(self, device: str, step: int, timeout_s: float) -> None:
         """Until the member has applied it. Raises LabError."""

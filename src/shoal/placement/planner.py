@@ -170,6 +170,7 @@ def plan_by_hand(
     model: ModelProfile,
     *,
     rounds: int | None = None,
+    on_accelerator: Sequence[int] | None = None,
     objective: ObjectiveName = "latency",
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> Plan:
@@ -191,7 +192,17 @@ def plan_by_hand(
         allowed = f"1 to {rounds_max} are possible, as many as the device with fewest layers has"
         raise ValueError(f"{rounds} rounds: {'a device alone goes round once' if is_alone else allowed}")
     mover = _Mover(cluster, model, OBJECTIVES[objective], prompt_tokens)
-    by_hand = Split(num_rounds=1, num_layers=tuple(num_layers), num_accelerator_layers=(0,) * len(num_layers))
+    fast = tuple(on_accelerator or (0,) * len(num_layers))
+    if len(fast) != len(num_layers) or any(not 0 <= few <= count for few, count in zip(fast, num_layers, strict=True)):
+        raise ValueError(
+            f"GPU layers {','.join(map(str, fast))} do not fit layers {','.join(map(str, num_layers))}: give one count per "
+            "device, at most as many as it has"
+        )
+    for device, few in zip(cluster.devices, fast, strict=True):
+        if few and device.accelerator is None:
+            raise ValueError(f"{few} GPU layers on {device.id}: its build of ggml finds no graphics processor there")
+    slow = tuple(count - few for count, few in zip(num_layers, fast, strict=True))
+    by_hand = Split(num_rounds=1, num_layers=slow, num_accelerator_layers=fast)
     draft = mover.draft_of_split(by_hand)
     # What counts is how many layers a window has at most.
     widths = {math.ceil(rounds_max / width) for width in range(1, rounds_max + 1)}
@@ -318,6 +329,7 @@ class _Mover:
 
     def live(self, draft: _Draft, *, units_counted: int = UNITS_COUNTED) -> _Lived:
         """Raises InfeasiblePlacement where a stage does not fit, or has no layer for some round: only the head may."""
+        assert len(draft.parts) > 1 or draft.num_rounds == 1, "whoever is alone has nobody to go round"
         few = min((part.num_layers for part in draft.parts[:-1]), default=draft.num_rounds)
         if few < draft.num_rounds:
             raise InfeasiblePlacement(f"a device with {few} layers has none for some of {draft.num_rounds} rounds")
@@ -419,7 +431,7 @@ class _Mover:
     def draft(self, plan: CoarsePlan) -> _Draft:
         ring_min = self._model.ring_bytes_min
         return _Draft(
-            plan.num_rounds,
+            plan.num_rounds if len(plan.shares) > 1 else 1,
             tuple(
                 # A ring of bytes wraps: a unit more than the program counts.
                 _Part(
@@ -439,7 +451,7 @@ class _Mover:
             if split.totals[device] or device == 0:
                 on_accelerator = min(split.num_accelerator_layers[device], self._accelerated(device, split.totals[device]))
                 parts.append(_Part(device, split.totals[device], on_accelerator, self._model.ring_bytes_min))
-        return _Draft(split.num_rounds, tuple(parts))
+        return _Draft(split.num_rounds if len(parts) > 1 else 1, tuple(parts))
 
     def alone_s(self) -> float | None:
         """A token's time on the head alone."""
@@ -482,6 +494,8 @@ class _Mover:
         layer_bytes = max(self._model.layer_bytes) + self._model.cache_bytes_per_layer
         if life.memory_left_bytes < layer_bytes and life.accelerator_left_bytes < layer_bytes:
             return "memory: one more layer would be streamed" if not life.streamed_bytes else "memory: reads are hidden"
+        if stage.num_layers == self._model.num_layers:
+            return "speed: it does all there is to do"
         if stage.num_layers == 0:
             return "speed: only the output projection is worth its time"
         return "speed: others would wait for it longer"

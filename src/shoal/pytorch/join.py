@@ -14,20 +14,24 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import default_collate
 
+from shoal.errors import DeviceRefused, ShoalError
 from shoal.pytorch.trainee import TorchTrainee
 from shoal.runs.progress import Progress
-from shoal.runs.registry import Registered
+from shoal.runs.registry import Registered, ask, entries
 from shoal.runs.run import Run, StepDone, Task
 from shoal.runs.trust import Trust, check_plain
+from shoal.runs.votes import FILE
 from shoal.training.samples import Interval, SampleOrder
 
 
@@ -184,6 +188,8 @@ def join(
         ValueError: the arguments do not fit each other.
         ShoalError: no peer answers, or the run is another.
     """
+    if "SHOAL_DEVICES" in os.environ:
+        sys.excepthook = _tell_in_one_line  # the script is run by `shoal train`
     order = SampleOrder(seed, len(dataset), global_batch)
     num_steps = steps if steps is not None else passes * -(-len(dataset) // global_batch)
     if num_steps < 1 or (micro_batch is not None and micro_batch < 1):
@@ -192,6 +198,9 @@ def join(
     chosen = peers if peers is not None else os.environ.get("SHOAL_PEERS", "").split(",")
     place = folder if folder is not None else os.environ.get("SHOAL_FOLDER")
     file = trust or (Path(os.environ["SHOAL_TRUST"]) if os.environ.get("SHOAL_TRUST") else None)
+    others = tuple(peer for peer in chosen if peer)
+    if not others and not (place and (Path(place) / FILE).exists()):
+        _check_name_is_free(name)  # who comes back is awaited under that name
     address = listen or os.environ.get("SHOAL_LISTEN") or "127.0.0.1:0"
     if file is None:
         check_plain(address)
@@ -201,17 +210,36 @@ def join(
         order,
         num_steps=num_steps,
         listen=address,
-        peers=tuple(peer for peer in chosen if peer),
+        peers=others,
         folder=Path(place) if place else None,
         checkpoint_every=checkpoint_every,
         members_min=devices or int(os.environ.get("SHOAL_DEVICES") or 1),
         trust=Trust.read(file) if file is not None else None,
     )
     progress = Progress(name, num_steps=num_steps, folder=run.folder)
+    progress.begin(run.num_restored)
     run.on_step = progress.show
     return TrainingRun(
         run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress, trust=file
     )
+
+
+def _tell_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a run says is for its user; what goes wrong in the script is for who wrote that."""
+    if isinstance(error, ShoalError):
+        sys.stderr.write(f"shoal: {error}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _check_name_is_free(name: str) -> None:
+    """`shoal leave` and `shoal runs` tell runs by name. Raises DeviceRefused."""
+    for entry in entries():
+        if entry.run == name and (ask(entry, "status") or {}).get("members"):
+            raise DeviceRefused(
+                f"a run '{name}' is under way on this device: take part in it with --peer {entry.address}, "
+                f"end it with `shoal leave {name}`, or give this one another name"
+            )
 
 
 def _pieces(part: Interval, size: int | None) -> list[Interval]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+import xxhash
 
 from shoal.errors import DeviceRefused
 from shoal.exchange.pull import ByteArray
@@ -137,10 +138,13 @@ class TorchTrainee:
         self._optimizer.zero_grad(set_to_none=True)
 
     def digest(self) -> str:
-        hashed = hashlib.sha256()
+        # Of all the model's bits, in every step: it finds a device that computes otherwise, which is nobody's forgery, so a
+        # hash without secrets will do, at ten times the speed of one with.
+        hashed = xxhash.xxh3_128()
         for tensor in self._tensors().values():
-            hashed.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return hashed.hexdigest()[:32]
+            x: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            hashed.update(x)
+        return hashed.hexdigest()
 
     def _held(self) -> list[torch.nn.Parameter]:
         return [each for group in self._optimizer.param_groups for each in group["params"]]

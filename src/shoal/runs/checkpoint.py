@@ -17,6 +17,7 @@ import numpy as np
 
 from shoal.errors import CannotWrite, DamagedFile
 from shoal.exchange.pull import ByteArray
+from shoal.runs.votes import sync_folder
 from shoal.training.ledger import Entry
 
 KEPT = 3
@@ -59,7 +60,7 @@ def write(folder: Path, checkpoint: Checkpoint, state: ByteArray) -> Path:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
@@ -68,16 +69,6 @@ def write(folder: Path, checkpoint: Checkpoint, state: ByteArray) -> Path:
         with contextlib.suppress(OSError):
             old.unlink()
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that the name, too, survives a power cut; where the system has such a thing."""
-    with contextlib.suppress(OSError, AttributeError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def files(folder: Path) -> list[Path]:

@@ -1,8 +1,13 @@
 """Carries out what the group's core asks for, over control links to the other members of a run, on one thread.
 
 A peer is here while a connection to it stands and something came over it lately; a frozen process is found by its silence.
-One of each pair's connections is used, the newest. Nothing of the group is kept on disk: a process that was restarted is a
-new device, and joins.
+One of each pair's connections is used, the newest. What the group's core stores goes to `votes.py` where the run has a
+folder: who comes back then is the member that it was, in a later incarnation. Without one, a process that was restarted is
+a new member.
+
+Two runs may have one name: where a run was begun anew from its checkpoint while members of the old one are away or cut off.
+Each beginning has a name of its own, told with every greeting, and no control link joins two. Who comes back from the old
+one gives way.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -33,13 +39,15 @@ from shoal.effects import (
     TimerFired,
 )
 from shoal.errors import DeviceUnreachable, ShoalError
-from shoal.ids import GroupId, NodeId
+from shoal.ids import NodeId
 from shoal.membership.failure import MemberGone, MemberHere
 from shoal.membership.group.core import GroupCore
+from shoal.membership.group.facts import RecordAdopted
 from shoal.membership.messages import Commit, MembershipMessage, Propose, Record, Stale
 from shoal.membership.timing import Timing
 from shoal.runs.port import Hello, dial_any, receive_message, send_message
 from shoal.runs.trust import Trust
+from shoal.runs.votes import Life
 from shoal.training.member import Status
 
 TIMING = Timing(lead_every_s=0.2, lease_s=1.2, suspend_s=3.0, stagger_s=0.1, retry_s=0.3)
@@ -48,7 +56,6 @@ KEEPALIVE_S = 0.5
 SILENCE_S = 4.0
 DIAL_AGAIN_S = 1.0
 CLOSE_S = 2.0
-INCARNATION = 1
 
 
 class StatusSaid(Message, frozen=True, tag="run-status"):
@@ -81,25 +88,51 @@ class Control:
     """One member's control links and group core.
 
     Args:
-        on_fact, on_status, on_gone: called on the control thread; they must not wait.
+        life: who this member is, and what it stored before.
+        founding: which beginning of the run it knows of; empty: none yet.
+        store: writes what the core stores, before anything that rests on it is said; on a thread of its own. None: there
+            is no disk.
+        on_fact, on_status, on_gone, on_outdated: called on the control thread; they must not wait. The last: this member
+            came back to a run that was begun anew.
+
+    Raises:
+        DamagedFile: what was stored is not that.
     """
 
     def __init__(
         self,
-        run: GroupId,
-        me: NodeId,
+        life: Life,
         *,
+        founding: str,
+        store: Callable[[bytes], None] | None,
         on_fact: Callable[[Fact], None],
         on_status: Callable[[NodeId, Status], None],
         on_gone: Callable[[NodeId], None],
+        on_outdated: Callable[[], None],
         trust: Trust | None = None,
         timing: Timing = TIMING,
     ) -> None:
-        self.run, self.me, self._trust = run, me, trust
+        self.run, self.me, self._trust = life.run, life.node, trust
+        self.incarnation, self.founding = life.incarnation, founding
         self.addresses: dict[NodeId, str] = {}
+        self.other_runs: dict[str, str] = {}
+        """Where another run was found than this one."""
+        self._incarnations: dict[NodeId, int] = {}
+        self._is_returning = bool(life.group)
+        """It has not been in a record in this life."""
         self._seeds: list[str] = []
-        self.core = GroupCore(run, me, incarnation=INCARNATION, timing=timing, now_s=time.monotonic())
-        self._on_fact, self._on_status, self._on_gone = on_fact, on_status, on_gone
+        self.core = GroupCore(
+            life.run,
+            life.node,
+            incarnation=life.incarnation,
+            timing=timing,
+            now_s=time.monotonic(),
+            stored=life.group or None,
+        )
+        self._learn_addresses(self.core.committed)
+        self._store = store
+        self._writer = ThreadPoolExecutor(1, "shoal-votes")
+        self._on_fact, self._on_status, self._on_gone, self._on_outdated = on_fact, on_status, on_gone, on_outdated
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._links: dict[NodeId, list[_Link]] = {}
         self._timer_s = float("inf")
@@ -124,6 +157,7 @@ class Control:
         """Closes all links."""
         self._queue.put(None)
         self._thread.join(CLOSE_S)
+        self._writer.shutdown()
         give_up_s = time.monotonic() + CLOSE_S
         while self._sockets and time.monotonic() < give_up_s:
             for sock in list(self._sockets):
@@ -140,11 +174,16 @@ class Control:
 
     def accept(self, sock: socket.socket, hello: Hello) -> None:
         """A connection that came in; used until it closes."""
-        self._serve(sock, hello.node, hello.address)
+        self._serve(sock, hello)
 
     def is_running(self) -> bool:
         """Whether this member may act on its record now."""
         return self.core.is_running(time.monotonic())
+
+    def listed(self) -> tuple[list[NodeId], list[NodeId]]:
+        """Who is in the record, and who of them is not here."""
+        nodes = [member.node for member in self.core.committed.members]
+        return nodes, [node for node in nodes if node != self.me and node not in self._links]
 
     def has_links(self) -> bool:
         """Whether any other member is connected."""
@@ -200,30 +239,51 @@ class Control:
 
         def connect() -> None:
             try:
-                hello = Hello(self.run, "control", self.me, self.addresses[self.me])
-                sock, answer = dial_any(address, hello, self._trust)
+                sock, answer = dial_any(address, self._hello(), self._trust)
             except (ShoalError, msgspec.MsgspecError):
                 return
             finally:
                 self._queue.put(lambda: self._dialling.discard(address))
+            if answer.run != self.run:
+                self.other_runs[address] = answer.run
             if answer.node == self.me or answer.run != self.run:
                 sock.close()
                 return
-            self._read(sock, answer.node, answer.address)
+            self._read(sock, answer)
 
         threading.Thread(target=connect, daemon=True).start()
 
-    def _open(self, node: NodeId, address: str, link: _Link) -> None:
-        if self._is_closed:
+    def _hello(self) -> Hello:
+        return Hello(
+            self.run,
+            "control",
+            self.me,
+            self.addresses.get(self.me, ""),
+            incarnation=self.incarnation,
+            founding=self.founding,
+        )
+
+    def _open(self, hello: Hello, link: _Link) -> None:
+        node = hello.node
+        is_other_run = bool(hello.founding and self.founding and hello.founding != self.founding)
+        if self._is_closed or is_other_run or hello.incarnation < self._incarnations.get(node, 0):
             link.shut()
+            if is_other_run and self._is_returning:
+                self._is_returning = False
+                self._on_outdated()
             return
+        if hello.incarnation > self._incarnations.get(node, 0):
+            for old in list(self._links.get(node, ())):
+                old.shut()
+                self._lose(node, old)
+        self._incarnations[node] = hello.incarnation
         is_first = node not in self._links
         self._links.setdefault(node, []).append(link)
-        if address:
-            self.addresses[node] = address
+        if hello.address:
+            self.addresses[node] = hello.address
         self._send((node,), AddressBook(dict(self.addresses)))
         if is_first:
-            self._tell(Learned(MemberHere(node, INCARNATION)))
+            self._tell(Learned(MemberHere(node, hello.incarnation)))
 
     def _lose(self, node: NodeId, link: _Link) -> None:
         links = self._links.get(node, [])
@@ -234,7 +294,7 @@ class Control:
                 if all(member.node != node for member in self.core.committed.members):
                     self.addresses.pop(node, None)
                 self._on_gone(node)
-                self._tell(Learned(MemberGone(node, INCARNATION)))
+                self._tell(Learned(MemberGone(node, self._incarnations[node])))
 
     def _send(self, peers: Iterable[NodeId], message: Message) -> None:
         data = _encoder.encode(message)
@@ -260,11 +320,22 @@ class Control:
         elif isinstance(effect, SetTimer):
             self._timer_key, self._timer_s = effect.key, effect.at_s
         elif isinstance(effect, Store):
-            # In memory: an identity that ends with its process has nothing to remember.
             stored = Stored(effect.key, effect.number)
-            self._queue.put(lambda: self._tell(stored))
+            if self._store is None:
+                # A member that ends with its process has nothing to remember.
+                self._queue.put(lambda: self._tell(stored))
+            else:
+                self._writer.submit(self._write, self._store, effect.value, stored)
         elif isinstance(effect, Announce):
+            if isinstance(effect.fact, RecordAdopted) and effect.fact.is_member:
+                self._is_returning = False
             self._on_fact(effect.fact)
+
+    def _write(self, store: Callable[[bytes], None], data: bytes, stored: Stored) -> None:
+        """On the thread that writes. Where it fails, nothing is promised."""
+        with contextlib.suppress(ShoalError):
+            store(data)
+            self._queue.put(lambda: self._tell(stored))
 
     def _arrived(self, node: NodeId, message: Message) -> None:
         if isinstance(message, StatusSaid):
@@ -287,18 +358,18 @@ class Control:
 
     # ---- on a thread per link
 
-    def _serve(self, sock: socket.socket, node: NodeId, address: str) -> None:
+    def _serve(self, sock: socket.socket, hello: Hello) -> None:
         try:
-            send_message(sock, msgspec.msgpack.encode(Hello(self.run, "control", self.me, self.addresses.get(self.me, ""))))
+            send_message(sock, msgspec.msgpack.encode(self._hello()))
         except ShoalError:
             sock.close()
             return
-        self._read(sock, node, address)
+        self._read(sock, hello)
 
-    def _read(self, sock: socket.socket, node: NodeId, address: str) -> None:
-        link = _Link(sock)
+    def _read(self, sock: socket.socket, hello: Hello) -> None:
+        link, node = _Link(sock), hello.node
         self._sockets.add(sock)
-        self._queue.put(lambda: self._open(node, address, link))
+        self._queue.put(lambda: self._open(hello, link))
         try:
             while True:
                 data = receive_message(sock)

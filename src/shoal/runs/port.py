@@ -29,13 +29,18 @@ Kind = Literal["control", "chunks", "shelf", "probe", "ask"]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """The first message on a connection. `address` is where the sender listens; `epoch` is for chunks."""
+    """The first message on a connection. `address` is where the sender listens; `epoch` is for chunks.
+
+    On control links: `incarnation` counts the sender's lives, `founding` names the beginning of the run that it is in.
+    """
 
     run: str
     kind: Kind
     node: NodeId
     address: str = ""
     epoch: int = 0
+    incarnation: int = 1
+    founding: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from shoal.units import format_seconds
 LINE_EVERY_S = 10.0
 LOSSES = "losses.jsonl"
 PICTURE = "loss.png"
+_RECENT_STEPS = 20
 
 
 class Progress:
@@ -42,31 +44,47 @@ class Progress:
         now_s = time.monotonic()
         if self._is_terminal or now_s - self._shown_s >= LINE_EVERY_S or done.step + 1 == self._num_steps:
             self._shown_s = now_s
-            sys.stderr.write(
-                ("\r\033[K" if self._is_terminal else "") + self.line(done) + ("" if self._is_terminal else "\n")
-            )
+            if self._is_terminal:
+                # A line that is broken by the terminal's edge cannot be written over.
+                sys.stderr.write("\r\033[K" + self.line(done)[: shutil.get_terminal_size().columns - 1])
+            else:
+                sys.stderr.write(self.line(done) + "\n")
             sys.stderr.flush()
 
     def line(self, done: StepDone) -> str:
-        recent = self.done[-20:]
-        step_s = sum(each.step_s for each in recent) / len(recent)
-        left_s = step_s * (self._num_steps - done.step - 1)
+        """Times are means of the last steps; the first one of this device waited for others, and tells nothing of them."""
         devices = f"{done.num_members} device{'s' if done.num_members > 1 else ''}"
-        return (
-            f"{self._name}: step {done.step + 1}/{self._num_steps}, loss {done.loss:.4f}, {devices}, "
-            f"{format_seconds(step_s)} a step ({format_seconds(done.exchange_s)} of it to synchronise), "
-            f"{format_seconds(left_s)} left"
-        )
+        line = f"{self._name}: step {done.step + 1}/{self._num_steps}, loss {done.loss:.4f}, {devices}"
+        recent = self.done[1:][-_RECENT_STEPS:]
+        if not recent:
+            return line
+        step_s = sum(each.step_s for each in recent) / len(recent)
+        exchange_s = sum(each.exchange_s for each in recent) / len(recent)
+        line += f", {format_seconds(step_s)} a step ({format_seconds(exchange_s)} of it to synchronise)"
+        left = self._num_steps - done.step - 1
+        return line + (f", {format_seconds(step_s * left)} left" if left else "")
+
+    def begin(self, num_done: int) -> None:
+        """Says where a run goes on that has `num_done` steps already."""
+        if num_done >= self._num_steps:
+            self._say(f"all {self._num_steps} steps are done already: take another folder, or more steps")
+        elif num_done:
+            self._say(f"goes on after step {num_done}/{self._num_steps}, from the checkpoint in {self._folder}")
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"{self._name}: {text}\n")
 
     def close(self, *, is_finished: bool) -> None:
         if self._is_terminal and self.done:
             sys.stderr.write("\n")
+        if not is_finished and self.done:
+            self._say(f"this device has left after step {self.done[-1].step + 1}/{self._num_steps}")
         if self._file is None or self._folder is None:
             return
         self._file.close()
         path = draw(self._folder, self._name)
         if path is not None and is_finished:
-            sys.stderr.write(f"{self._name}: done. The loss is drawn in {path}\n")
+            self._say(f"done. The loss is drawn in {path}")
 
 
 def losses(folder: Path) -> dict[int, float]:

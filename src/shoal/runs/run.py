@@ -36,23 +36,26 @@ from shoal.exchange.wire import SocketWire
 from shoal.ids import GroupId, NodeId
 from shoal.membership.group.facts import (
     Attach,
+    CheckpointDue,
     CreateGroup,
     JoinGroup,
     LeaveGroup,
     RecordAdopted,
+    Recover,
     ReportProgress,
     Resumed,
     Suspended,
 )
-from shoal.membership.messages import Attachment
+from shoal.membership.messages import Attachment, Member
 from shoal.network.graph import Link
 from shoal.runs import checkpoint as checkpoints
 from shoal.runs.checkpoint import Checkpoint
 from shoal.runs.control import Control, unreachable
 from shoal.runs.port import Hello, Port, dial, receive_message, send_message
 from shoal.runs.rates import Rates, answer, probe, shortage
-from shoal.runs.trust import Trust
-from shoal.topology.policy import has_moved, plan_for, revised
+from shoal.runs.trust import Trust, device_of
+from shoal.runs.votes import Life, Votes
+from shoal.topology.policy import chunk_bytes_of, has_moved, plan_for, revised
 from shoal.topology.tree import Plan
 from shoal.training import member as m
 from shoal.training.ledger import CatchUp, Committed, Compute, Entry
@@ -64,6 +67,8 @@ CONNECT_S = 10.0
 NUDGE_S = 0.3
 JOIN_S = 30.0
 """Without a link to any member for so long, a joiner gives up: nobody answers, or the run has ended."""
+ANSWER_S = 2.0
+_EPOCHS_PER_GENERATION = 1 << 20
 DONATE_S = 10.0
 GRADIENT_SOURCES = 4
 """What shard sizes of gradients are made for: the same number everywhere, since manifests must be equal."""
@@ -111,6 +116,8 @@ class Settings(msgspec.Struct, frozen=True):
     fingerprint: str
     num_steps: int
     epoch_base: int
+    founding: str = ""
+    """Names this beginning of the run, by chance."""
 
 
 class Task(NamedTuple):
@@ -150,6 +157,7 @@ class _Open(NamedTuple):
     plan: Plan | None = None
     exchange: Exchange | None = None
     num_plans: int = 0
+    chunk_bytes: int = 0
 
 
 class Run:
@@ -160,7 +168,8 @@ class Run:
         num_steps: in all.
         listen: HOST:PORT for other members; port 0 takes a free one.
         peers: addresses of members.
-        folder: for checkpoints, one every `checkpoint_every` steps; a founder goes on from the newest.
+        folder: for checkpoints, one every `checkpoint_every` steps, and for what this member promised. Who was in the run
+            before comes back to the others; a founder that finds none of them goes on from the newest checkpoint.
         members_min: the first step waits for so many.
         trust: what this member proves, and whom it talks to; None: links are plain and prove nothing.
 
@@ -187,7 +196,7 @@ class Run:
         self.name = GroupId(name)
         self._trust = trust
         self.trainee = trainee
-        self.settings = Settings(order, trainee.fingerprint, num_steps, 1)
+        self.settings = Settings(order, trainee.fingerprint, num_steps, 1, secrets.token_hex(8))
         self.folder, self._checkpoint_every = folder, checkpoint_every
         self.transfer_s: float | None = None
         self.transfer_bytes = 0
@@ -195,6 +204,8 @@ class Run:
         self.is_finished = False
         self.on_step: Callable[[StepDone], None] = lambda _: None
         """Called with every step that is applied here, also one of which this member had no part."""
+        self.on_loss: Callable[[], None] = lambda: None
+        """Called, on any thread, when this member notices that another is lost or that an exchange broke."""
         self.warnings: list[str] = []
         self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
         self._lock = threading.RLock()
@@ -202,7 +213,7 @@ class Run:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._disk = ThreadPoolExecutor(1, "shoal-disk")
         self._background = ThreadPoolExecutor(16, "shoal-background")
-        self._is_closed = self._is_leaving = False
+        self._is_closed = self._is_leaving = self._is_suspended = False
         self._fatal: Exception | None = None
         self._wires: dict[tuple[int, NodeId], socket.socket] = {}
         self._accepted: set[socket.socket] = set()
@@ -221,12 +232,19 @@ class Run:
         self._mean: FloatArray | None = None
         self.loss: float | None = None
         self.snapshot_s = 0.0
+        self._votes = Votes(folder, self.name) if folder is not None else None
+        former = self._former()
+        if former is not None and not self._peers:
+            self._peers = self._answering(former)
+            former = former if self._peers else None
         self._reset(None)
         history = self._restored()
-        self._is_founder = not peers
+        self.num_restored = len(history)
+        """Steps in the checkpoint from which a founder goes on."""
+        self._is_founder = not self._peers
         self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
-        self._begin(history if self._is_founder else None)
+        self._begin(history if self._is_founder else None, former)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
         self._nudger.start()
 
@@ -246,7 +264,8 @@ class Run:
             share: _Share | None = None
             with self._lock:
                 task, core = self._task, self._core
-                if self.is_finished or core.phase is m.Phase.GONE or self._is_closed:
+                has_left = core.phase is m.Phase.GONE and self._is_leaving  # who was cut off asks to be let in again
+                if self.is_finished or has_left or self._is_closed:
                     return None
                 if task is not None and task.step >= self.settings.num_steps:
                     self._task = None
@@ -266,6 +285,11 @@ class Run:
                 continue
             if core.ledger is not None or self._control.has_links():
                 heard_s = time.monotonic()
+            elif self._peers and all(peer in self._control.other_runs for peer in self._peers):
+                address, other = next(iter(self._control.other_runs.items()))
+                raise DeviceRefused(
+                    f"the run at {address} is '{other}', and this one is '{self.name}': is it the same script?"
+                )
             elif time.monotonic() - heard_s > JOIN_S:
                 raise unreachable(self._peers)
             with suppress(queue.Empty):
@@ -307,6 +331,9 @@ class Run:
         while self._has_shadows() and not self.is_finished and self.shelf.bytes_sent > sent and time.monotonic() < give_up_s:
             sent = self.shelf.bytes_sent
             time.sleep(1.0)
+        if self._votes is not None and (self.is_finished or self._is_leaving):
+            with suppress(ShoalError):
+                self._votes.forget()
         self._shut(is_orderly=True)
 
     def _shut(self, *, is_orderly: bool) -> None:
@@ -332,6 +359,8 @@ class Run:
                 sock.shutdown(socket.SHUT_RDWR)  # its thread closes it
         self._disk.shutdown()
         self._background.shutdown()
+        if self._votes is not None:
+            self._votes.close()
         self._nudger.join()
         give_up_s = time.monotonic() + SHUT_S
         while self._accepted and time.monotonic() < give_up_s:
@@ -352,6 +381,7 @@ class Run:
 
     def statistics(self) -> dict[str, object]:
         """For `shoal runs`."""
+        listed, absent = self._control.listed()
         with self._lock:
             core = self._core
             return {
@@ -362,6 +392,10 @@ class Run:
                 "step": core.applied,
                 "num_steps": self.settings.num_steps,
                 "members": len(self.members),
+                "has_state": core.ledger is not None,
+                "is_suspended": self._is_suspended,
+                "num_listed": len(listed),
+                "absent": absent,
                 "loss": self.loss,
                 "samples_per_s": round(core.samples_per_s, 2),
                 "plan": self._opened.plan.policy if self._opened is not None and self._opened.plan is not None else None,
@@ -375,8 +409,40 @@ class Run:
 
     # ---- beginning
 
-    def _reset(self, history: list[Entry] | None) -> None:
-        self.me = self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
+    def _former(self) -> Life | None:
+        """Who this member was, if it still is on the same device."""
+        life = self._votes.former if self._votes is not None else None
+        device = self._trust.device if self._trust is not None else None
+        return life if life is not None and device_of(life.node) == (device or life.node) else None
+
+    def _answering(self, former: Life) -> tuple[str, ...]:
+        """Addresses of those who were in the run when this member was last in it, and still are."""
+        record = former.record
+        others = [member for member in record.members if member.node != former.node] if record is not None else []
+
+        def is_there(member: Member) -> bool:
+            hello = Hello(self.name, "ask", former.node)
+            with suppress(ShoalError, OSError):
+                sock = dial(member.address, hello, trust=self._trust, node=member.node, timeout_s=ANSWER_S)
+                with sock:
+                    sock.settimeout(ANSWER_S)
+                    send_message(sock, b"status")
+                    return bool(receive_message(sock))
+            return False
+
+        there = list(self._background.map(is_there, others))
+        if others and not any(there):
+            self._warn(
+                f"none of the {len(others)} others that were in the run '{self.name}' answers: it begins anew from the "
+                "newest checkpoint here, and whoever comes back joins it"
+            )
+        return tuple(member.address for member, answers in zip(others, there, strict=True) if answers)
+
+    def _reset(self, history: list[Entry] | None, former: Life | None = None) -> None:
+        self._life = former or Life(
+            self.name, self._trust.new_node() if self._trust is not None else NodeId(secrets.token_hex(8))
+        )
+        self.me = self._life.node
         self._core = m.Member(
             self.me,
             self.settings.order,
@@ -413,18 +479,24 @@ class Run:
         self.committed = len(saved.history) - 1
         return saved.history
 
-    def _begin(self, history: list[Entry] | None) -> None:
-        """Comes into being as a new device of the group."""
+    def _begin(self, history: list[Entry] | None, former: Life | None = None) -> None:
+        """Comes into being as a new member of the group, or as a later incarnation of a former one."""
         with self._lock:
-            self._reset(history)
+            if former is not None:
+                former = msgspec.structs.replace(former, incarnation=former.incarnation + 1)
+            self._reset(history, former)
+            if self._votes is not None:
+                self._votes.begin(self._life)
             self.shelf = Shelf(find=self._offer)
             self._puller = Puller(self._dial_shelf, observed=partial(self.rates.observe, is_full=False))
             self._control = Control(
-                self.name,
-                self.me,
+                self._life,
+                founding=self.settings.founding if history is not None else _founding_of(self._life),
+                store=self._store if self._votes is not None else None,
                 on_fact=self._on_fact,
                 on_status=self._on_status,
                 on_gone=self._on_gone,
+                on_outdated=self._on_outdated,
                 trust=self._trust,
             )
             self._control.start(self.address, self._peers)
@@ -435,9 +507,24 @@ class Run:
             else:
                 self._control.command(JoinGroup(self.name, address=self.address))
 
+    def _store(self, group: bytes) -> None:
+        """On the thread that writes. Raises CannotWrite."""
+        assert self._votes is not None
+        try:
+            self._votes.write(group)
+        except ShoalError as error:
+            self._fail(error)
+            raise
+
+    def _on_outdated(self) -> None:
+        self._inbox.put(lambda: self._restart("the run was begun anew while this device was away"))
+
     def _accept(self, sock: socket.socket, hello: Hello) -> None:
         """A connection came in; on a thread of its own."""
         if hello.run != self.name or self._is_closed:
+            if hello.kind == "control":
+                with suppress(ShoalError):
+                    send_message(sock, msgspec.msgpack.encode(Hello(self.name, "control", self.me)))  # not the one sought
             sock.close()
             return
         with self._lock:
@@ -471,6 +558,8 @@ class Run:
             asked = receive_message(sock)
             if asked == b"leave":
                 self.leave()
+            elif asked == b"recover" and self._is_suspended and self._core.ledger is not None:
+                self._control.command(Recover(self.name))
             send_message(sock, msgspec.json.encode(self.statistics()))
         except ShoalError:
             pass
@@ -564,17 +653,38 @@ class Run:
             parts = {
                 part: tuple(each.node for each in fact.record.members if each.part == part) for part in ("active", "shadow")
             }
-            self._tell(m.Adopted(self.settings.epoch_base + fact.record.epoch, parts["active"], parts["shadow"]))
+            # A recovered run outranks all epochs of the one before, however many those who were lost had.
+            generation = (fact.record.generation >> 32) - 1
+            epoch = self.settings.epoch_base + fact.record.epoch + generation * _EPOCHS_PER_GENERATION
+            self._tell(m.Adopted(epoch, parts["active"], parts["shadow"]))
         elif isinstance(fact, Suspended):
-            self._tell(m.Halted())
+            self._suspend()
+        elif isinstance(fact, CheckpointDue):
+            self._inbox.put(lambda: self._save() if self._core.ledger is not None else None)
         elif isinstance(fact, Resumed):
+            if self._is_suspended:
+                self._is_suspended = False
+                self._warn(f"'{self.name}' goes on: it has a majority of its members again")
             self._tell(m.Resumed())
+
+    def _suspend(self) -> None:
+        self._tell(m.Halted())
+        if self.is_finished or self._is_closed:
+            return
+        self._is_suspended = True
+        listed, absent = self._control.listed()
+        do = "does" if len(absent) == 1 else "do"
+        self._warn(
+            f"'{self.name}' waits: {len(absent)} of its {len(listed)} members {do} not answer, and a majority has to. "
+            f"It goes on when they are back; are they lost for good: `shoal runs recover {self.name}`"
+        )
 
     def _take_settings(self, value: bytes) -> ShoalError | None:
         theirs = msgspec.msgpack.decode(value, type=Settings)
-        ours = msgspec.structs.replace(self.settings, epoch_base=theirs.epoch_base)
+        ours = msgspec.structs.replace(self.settings, epoch_base=theirs.epoch_base, founding=theirs.founding)
         if theirs == ours:
             self.settings = theirs
+            self._control.founding = theirs.founding
             return None
         if theirs.fingerprint != ours.fingerprint:
             what = "another model, optimiser or version of torch, or this device computes other bits"
@@ -596,6 +706,7 @@ class Run:
         with self._lock:
             opened = self._opened
         if opened is not None and peer in opened.members:
+            self.on_loss()
             # What it owed may still be on its way, and its connections say so first; a frozen peer's say nothing.
             timer = threading.Timer(0.5, lambda: self._tell(m.Broken(opened.epoch)))
             timer.daemon = True
@@ -638,8 +749,9 @@ class Run:
                     plan = plan_for(opened.members, opened.rates, num_bytes=self._gradient_bytes)
                     wires = {node: SocketWire(sock) for node, sock in found.items()}
                     exchange = Exchange(self.me, wires, observed=self.rates.observe)
-                    exchange.enter(0, plan)
-                    self._opened = opened._replace(plan=plan, exchange=exchange)
+                    chunk_bytes = chunk_bytes_of(plan, opened.rates, num_bytes=self._gradient_bytes)
+                    exchange.enter(0, plan, chunk_bytes=chunk_bytes)
+                    self._opened = opened._replace(plan=plan, exchange=exchange, chunk_bytes=chunk_bytes)
                     self._changed.notify_all()
         except (ShoalError, ValueError):
             for sock in found.values():
@@ -696,6 +808,7 @@ class Run:
                 raise
             if task.step >= self.settings.num_steps and self._is_over():
                 self.is_finished = True
+            self.on_loss()
             self._tell(m.Broken(task.epoch))
             return None
         exchange_s = time.monotonic() - began_s
@@ -733,13 +846,14 @@ class Run:
         if opened.exchange is None or opened.plan is None or not has_moved(opened.rates, rates):
             return
         plan = revised(opened.plan, rates, num_bytes=self._gradient_bytes)
+        chunk_bytes = chunk_bytes_of(plan, rates, num_bytes=self._gradient_bytes)
         num_plans = opened.num_plans
-        if plan is not opened.plan:
+        if plan is not opened.plan or chunk_bytes != opened.chunk_bytes:
             num_plans += 1
-            opened.exchange.enter(num_plans, plan)
+            opened.exchange.enter(num_plans, plan, chunk_bytes=chunk_bytes)
         with self._lock:
             if self._opened is opened:
-                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans)
+                self._opened = opened._replace(rates=rates, plan=plan, num_plans=num_plans, chunk_bytes=chunk_bytes)
 
     @property
     def _gradient_bytes(self) -> int:
@@ -980,7 +1094,7 @@ class Run:
 
     def _warn(self, line: str) -> None:
         self.warnings.append(line)
-        sys.stderr.write(f"shoal: {line}\n")
+        sys.stderr.write(("\n" if sys.stderr.isatty() else "") + f"shoal: {line}\n")
 
     def _follow(self, errand: int, core: m.Member) -> None:
         while not self._is_over_errand(errand, core):
@@ -1023,6 +1137,15 @@ class Run:
                 self._warn(str(error))
 
         self._disk.submit(save)
+
+
+def _founding_of(life: Life) -> str:
+    """Which beginning of the run it was in; empty: none."""
+    record = life.record
+    for attachment in record.attachments if record is not None else ():
+        if attachment.capability == "run":
+            return msgspec.msgpack.decode(attachment.value, type=Settings).founding
+    return ""
 
 
 def _wake() -> None:

@@ -21,6 +21,10 @@ from shoal.topology.tree import NoSpanningTree, Plan, Tree, completion_s, loads_
 
 CHUNK_BYTES, HOP_S = 64 * 1024, 0.001
 """Of the model by which plans are compared: a chunk, and what it waits at each device."""
+CHUNK_BYTES_MAX = 256 * 1024
+CHUNK_S, CHUNKS_MIN = 0.001, 16
+"""A chunk costs a device about 0.1 ms beside the wire: on fast links larger ones are better, as long as there are enough to
+keep all links busy at the same time."""
 GAIN_MIN = 0.1
 GAIN_S_MIN = 0.005
 """A new plan must end sooner by this share of an all-reduce, and by so much: less is noise, or not worth it."""
@@ -56,6 +60,14 @@ def revised(plan: Plan, rates: Mapping[Link, float], *, num_bytes: float) -> Pla
 def has_moved(before: Mapping[Link, float], after: Mapping[Link, float]) -> bool:
     """Whether any rate is new, or differs by more than noise."""
     return any(link not in before or abs(rate - before[link]) > NOISE * before[link] for link, rate in after.items())
+
+
+def chunk_bytes_of(plan: Plan, rates: Mapping[Link, float], *, num_bytes: float) -> int:
+    """How large the chunks of such an exchange are, by what the slowest of the plan's links was measured to carry: a
+    multiple of 64 KiB, which is also what it is until something was measured."""
+    known = [rates[link] for tree in plan.trees for link in tree.links if link in rates]
+    wanted = min(min(known, default=0.0) * CHUNK_S, num_bytes / CHUNKS_MIN, CHUNK_BYTES_MAX)
+    return max(1, int(wanted // CHUNK_BYTES)) * CHUNK_BYTES
 
 
 def _seconds(plan: Plan, capacities: Capacities, num_bytes: float) -> float:

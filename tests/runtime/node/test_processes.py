@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shoal.lab.member_cluster import MemberProcess, make_group, member_cluster, wait_active
@@ -104,3 +106,42 @@ def test_a_group_decides_over_real_links(tmp_path: Path) -> None:
         decided = [line["decide_s"] for line in leader.told("Decided", since=first)]
         assert len(decided) >= 5
         assert sorted(decided)[len(decided) // 2] < 0.02
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform == "win32", reason="so many sockets need a limit that can be raised")
+def test_ten_thousand_connections_that_say_nothing_cost_little_and_keep_nobody_from_deciding(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 11_000:
+        pytest.skip(f"this user may open {hard} files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 11_000), hard))
+    silent: list[socket.socket] = []
+    try:
+        with member_cluster(tmp_path, 3) as devices:
+            make_group(devices, "run")
+            leader, _, last = devices
+            port = leader.told("here")[0]["port"]
+            process = psutil.Process(leader.process.pid)
+            before_bytes = process.memory_info().rss
+            for _ in range(10_000):
+                sock = socket.socket()
+                sock.setblocking(False)
+                sock.connect_ex(("127.0.0.1", port))
+                silent.append(sock)
+            mark = len(leader.lines)
+            last.say("exit", "run")
+            wait_active(leader, "run", devices[:2], since=mark)
+            mark = len(leader.lines)
+            last.say("enter", "run")
+            wait_active(leader, "run", devices, since=mark)
+            counters = leader.ask("status", answer="status")["counters"]
+            assert not leader.told("MemberGone")
+            assert process.num_fds() < 1000
+            assert process.memory_info().rss - before_bytes < 32e6
+            assert counters["num_evicted"] > 0
+    finally:
+        for sock in silent:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

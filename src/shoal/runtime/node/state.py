@@ -20,6 +20,7 @@ import platformdirs
 
 from shoal.errors import CannotWrite, DamagedFile, DeviceError, DeviceUnreachable
 from shoal.runtime.node.disk import Disk
+from shoal.transport.exclusive import hold
 from shoal.transport.identity import DeviceKeys
 
 _ROSTER_FILES = ("log", "incarnation")
@@ -179,19 +180,9 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _lock(path: Path) -> IO[bytes]:
     """Raises DeviceError where another process has it."""
-    file = path.open("a+b")
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(path)
     except OSError:
-        file.close()
         raise DeviceError(
             f"another agent runs from {path.parent}: stop it, or give this one a folder of its own with --state"
         ) from None
-    return file
