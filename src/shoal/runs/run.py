@@ -207,7 +207,7 @@ class Run:
         self.on_loss: Callable[[], None] = lambda: None
         """Called, on any thread, when this member notices that another is lost or that an exchange broke."""
         self.warnings: list[str] = []
-        self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
+        self.peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -234,14 +234,14 @@ class Run:
         self.snapshot_s = 0.0
         self._votes = Votes(folder, self.name) if folder is not None else None
         former = self._former()
-        if former is not None and not self._peers:
-            self._peers = self._answering(former)
-            former = former if self._peers else None
+        if former is not None and not self.peers:
+            self.peers = self._answering(former)
+            former = former if self.peers else None
         self._reset(None)
         history = self._restored()
         self.num_restored = len(history)
         """Steps in the checkpoint from which a founder goes on."""
-        self._is_founder = not self._peers
+        self._is_founder = not self.peers
         self._port = Port(listen, self._accept, trust=trust)
         self.address = self._port.address
         self._begin(history if self._is_founder else None, former)
@@ -285,13 +285,13 @@ class Run:
                 continue
             if core.ledger is not None or self._control.has_links():
                 heard_s = time.monotonic()
-            elif self._peers and all(peer in self._control.other_runs for peer in self._peers):
+            elif self.peers and all(peer in self._control.other_runs for peer in self.peers):
                 address, other = next(iter(self._control.other_runs.items()))
                 raise DeviceRefused(
                     f"the run at {address} is '{other}', and this one is '{self.name}': is it the same script?"
                 )
             elif time.monotonic() - heard_s > JOIN_S:
-                raise unreachable(self._peers)
+                raise unreachable(self.peers)
             with suppress(queue.Empty):
                 self._inbox.get(timeout=0.2)()
 
@@ -464,7 +464,7 @@ class Run:
 
     def _restored(self) -> list[Entry]:
         """A founder's ledger, with its state in the trainee."""
-        found = checkpoints.newest(self.folder) if self.folder is not None and not self._peers else None
+        found = checkpoints.newest(self.folder) if self.folder is not None and not self.peers else None
         if found is None:
             return []
         saved, state = found
@@ -499,7 +499,7 @@ class Run:
                 on_outdated=self._on_outdated,
                 trust=self._trust,
             )
-            self._control.start(self.address, self._peers)
+            self._control.start(self.address, self.peers)
             if history is not None:
                 self._control.command(CreateGroup(self.name, address=self.address))
                 value = msgspec.msgpack.encode(self.settings)
