@@ -233,6 +233,16 @@ class Run:
         self.loss: float | None = None
         self.snapshot_s = 0.0
         self._votes = Votes(folder, self.name) if folder is not None else None
+        self.num_restored = 0
+        """Steps in the checkpoint from which a founder goes on."""
+        try:
+            self._start(listen)
+        except BaseException:
+            if self._votes is not None:
+                self._votes.close()
+            raise
+
+    def _start(self, listen: str) -> None:
         former = self._former()
         if former is not None and not self.peers:
             self.peers = self._answering(former)
@@ -240,9 +250,8 @@ class Run:
         self._reset(None)
         history = self._restored()
         self.num_restored = len(history)
-        """Steps in the checkpoint from which a founder goes on."""
         self._is_founder = not self.peers
-        self._port = Port(listen, self._accept, trust=trust)
+        self._port = Port(listen, self._accept, trust=self._trust)
         self.address = self._port.address
         self._begin(history if self._is_founder else None, former)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
