@@ -425,18 +425,22 @@ class Run:
         return life if life is not None and device_of(life.node) == (device or life.node) else None
 
     def _answering(self, former: Life) -> tuple[str, ...]:
-        """Addresses of those who were in the run when this member was last in it, and still are."""
+        """Addresses of those who were in the run when this member was last in it, and still are.
+
+        Whoever listens there and is in no record was started again as well, and waits for others itself.
+        """
         record = former.record
         others = [member for member in record.members if member.node != former.node] if record is not None else []
 
         def is_there(member: Member) -> bool:
             hello = Hello(self.name, "ask", former.node)
-            with suppress(ShoalError, OSError):
+            with suppress(ShoalError, OSError, msgspec.MsgspecError):
                 sock = dial(member.address, hello, trust=self._trust, node=member.node, timeout_s=ANSWER_S)
                 with sock:
                     sock.settimeout(ANSWER_S)
                     send_message(sock, b"status")
-                    return bool(receive_message(sock))
+                    said = msgspec.json.decode(receive_message(sock), type=dict[str, object])
+                    return said.get("node") == member.node and bool(said.get("members"))
             return False
 
         there = list(self._background.map(is_there, others))
