@@ -19,10 +19,11 @@ a process that writes a log into the same memory (`read_ratio`: over W + KV + fl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +90,45 @@ class Ring:
 
     def answer(self, options: Sequence[str], *, tokens: int, memory_bytes: Sequence[int] | None = None) -> dict[str, Any]:
         """From fresh agents that find nothing of the file in memory: what the client printed, and what devices used."""
-        lab, head, others = self._lab, self.names[0], self.names[1:]
-        agents = []
-        for index, name in enumerate(reversed(self.names)):
+        with self.standing(self.names, memory_bytes):
+            return self.ask(options, tokens=tokens)
+
+    @contextlib.contextmanager
+    def standing(self, names: Sequence[str], memory_bytes: Sequence[int] | None = None) -> Iterator[None]:
+        """Fresh agents on some devices, with nothing of the file in memory.
+
+        Args:
+            memory_bytes: of all devices of the ring, in its order.
+        """
+        lab, head, agents = self._lab, self.names[0], []
+        for name in names:
             copies.make_cold(lab.files_folder(name))
             command = f"shoal up --listen={{address}}:{PORT} --models={lab.files_folder(name)}"
             if memory_bytes is not None:
-                command += f" --memory={memory_bytes[len(self.names) - 1 - index]}"
+                command += f" --memory={memory_bytes[self.names.index(name)]}"
             if name == head:
-                command += "".join(f" --peer={{address:{other}}}:{PORT}" for other in others)
+                command += "".join(f" --peer={{address:{other}}}:{PORT}" for other in self.names[1:])
             agents.append(lab.start(name, command))
-            lab.wait_listening(agents[-1], PORT)
+        try:
+            for agent in agents:
+                lab.wait_listening(agent, PORT)
+            yield
+        finally:
+            for agent in agents:
+                agent.popen.terminate()
+            for agent in agents:
+                agent.wait(20)
+
+    def ask(self, options: Sequence[str], *, tokens: int) -> dict[str, Any]:
+        """What the client printed, and what devices used, of agents that stand."""
+        lab, head = self._lab, self.names[0]
         before = {name: lab.usage(name) for name in self.names}
         file = lab.files_folder(head) / self._model.name
         ask = ["shoal", "run", str(file), f"--agent={{address:{head}}}:{PORT}", "--json", "--temperature=0", "--threads=1"]
         # What is streamed is not repacked, and other kernels give other bits.
         ask += ["--no-repack", f"--context={CONTEXT}", f"--max-tokens={tokens}", *options, "--raw", "--", "one two three"]
-        try:
-            status, output, errors = lab.run("client", ask, timeout_s=ASK_TIMEOUT_S)
-        finally:
-            after = {name: lab.usage(name) for name in self.names}
-            for agent in agents:
-                agent.popen.terminate()
-            for agent in agents:
-                agent.wait(20)
+        status, output, errors = lab.run("client", ask, timeout_s=ASK_TIMEOUT_S)
+        after = {name: lab.usage(name) for name in self.names}
         if status != 0:
             raise RuntimeError(errors.strip() or output)
         answer: dict[str, Any] = json.loads(output)

@@ -1,20 +1,21 @@
-"""How good plans are, by prediction, over drawn scenarios: against the program's bound, Halda and shares of memory.
+"""How good plans are over drawn scenarios: by prediction against the program's bound, Halda and shares of memory, and in the
+lab (`plan_lab.py`, whose figures are printed as well) by what real rings then do.
 
 plan_s, plan_s_max         seconds of the program for 32 devices and 80 layers, all numbers of rounds together: median,
                            worst; plan_processor_s is the median of processor time, which other work disturbs less
 gap, gap_max               cost over the program's bound, less one, of the same: median, worst
 refine_s                   seconds of everything else (true sizes, moves, reasons) for a scenario, median
 life_over_program          cost under the recurrence over the program's bound, median over scenarios
-vs_halda_p50               how many times as long Halda's plan takes for a prompt of 512 and 128 tokens, median; the worst is
-                           vs_halda_min; where memory is short: vs_halda_short_p50
-vs_proportional_p50        the same for the memory-proportional plan
-halda_none, proportional_none  scenarios in which they find no plan that keeps to memory; they are in no ratio
-rounds_share               scenarios in which more than one round is chosen; rounds_gain_p50 is what that gains there over
-                           the best plan of one round
+predicted_vs_halda_p50     how many times as long Halda's plan takes for a prompt of 512 and 128 tokens, median; the worst is
+                           predicted_vs_halda_min; where memory is short: predicted_vs_halda_short_p50
+predicted_vs_proportional_p50  the same for the memory-proportional plan
+predicted_halda_none, ...  scenarios in which they find no plan that keeps to memory; they are in no ratio
+predicted_rounds_share     scenarios in which more than one round is chosen; predicted_rounds_gain_p50 is what that gains
+                           there over the best plan of one round
 
-Both sides of a ratio are predicted by the same recurrence (`placement/token_life.py`), with the same rings: this says what a
-plan is worth if predictions hold. Whether they do is measured elsewhere. The published splits are among our starts, so that
-a ratio below one would be a defect.
+Both sides of a predicted ratio come from the same recurrence (`placement/token_life.py`), with the same rings: this says
+what a plan is worth if predictions hold; the lab says whether they do. The published splits are among our starts, so that
+a predicted ratio below one would be a defect.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import random
 import statistics
 import time
 
+from benchmarks.plan_lab import measure_lab
 from benchmarks.record import finish, is_quick
 from shoal.errors import InfeasiblePlacement
 from shoal.placement.baselines import BASELINES, BaselineName
@@ -33,6 +35,7 @@ from shoal.placement.scenario import SHAPES, Scenario, draw_scenario
 
 FIRST_SEED = 0
 LARGE_DEVICES = 32
+LAB_SCENARIOS = 20
 
 
 def measure_large(num_seeds: int) -> dict[str, float]:
@@ -103,14 +106,14 @@ def measure_scenarios(num_seeds: int) -> dict[str, float]:
         "refine_s": statistics.median(refine_s),
         "life_over_program": statistics.median(over),
         "infeasible": float(infeasible),
-        "rounds_share": len(gains) / counted,
-        "rounds_gain_p50": statistics.median(gains) if gains else 1.0,
-        "vs_halda_short_p50": statistics.median(short) if short else 0.0,
+        "predicted_rounds_share": len(gains) / counted,
+        "predicted_rounds_gain_p50": statistics.median(gains) if gains else 1.0,
+        "predicted_vs_halda_short_p50": statistics.median(short) if short else 0.0,
     }
     for baseline, values in ratios.items():
-        figures[f"vs_{baseline}_p50"] = statistics.median(values)
-        figures[f"vs_{baseline}_min"] = min(values)
-        figures[f"{baseline}_none"] = float(none[baseline])
+        figures[f"predicted_vs_{baseline}_p50"] = statistics.median(values)
+        figures[f"predicted_vs_{baseline}_min"] = min(values)
+        figures[f"predicted_{baseline}_none"] = float(none[baseline])
     return figures
 
 
@@ -119,7 +122,16 @@ def main() -> None:
     figures = measure_large(3 if is_quick() else 10)
     num_scenarios = 8 if is_quick() else 20
     figures |= measure_scenarios(num_scenarios)
-    settings = {"first_seed": FIRST_SEED, "scenarios": num_scenarios, "large_devices": LARGE_DEVICES}
+    if is_quick():
+        figures |= measure_lab(range(FIRST_SEED + 1, FIRST_SEED + 2), ways=("planned",))
+    else:
+        figures |= measure_lab(range(FIRST_SEED, FIRST_SEED + LAB_SCENARIOS))
+    settings = {
+        "lab_scenarios": 1 if is_quick() else LAB_SCENARIOS,
+        "first_seed": FIRST_SEED,
+        "scenarios": num_scenarios,
+        "large_devices": LARGE_DEVICES,
+    }
     finish("plan", {name: round(figure, 4) for name, figure in figures.items()}, settings)
 
 

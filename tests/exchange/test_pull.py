@@ -67,12 +67,12 @@ def test_several_donors_give_one_state() -> None:
 
 @pytest.mark.slow
 def test_a_donor_that_has_the_state_a_moment_later_gives_its_share() -> None:
-    donors = Donors("a", "b", "c", share=0.02)
+    donors = Donors("a", "b", "c", share=0.002)
     late = NodeId("c")
     donors.shelves[late].share = 1.0
     donors.shelves[late].take("state")
     puller = Puller(donors.dial)
-    timer = threading.Timer(0.2, donors.put, (donors.shelves[late], donors.state))
+    timer = threading.Timer(0.1, donors.put, (donors.shelves[late], donors.state))
     timer.start()
     fetched = puller.fetch("state", donors.shelves)
     timer.join()

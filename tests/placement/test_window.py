@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import InfeasiblePlacement
-from shoal.placement.window import ByteRing, TensorLoad, choose_residency, token_time_s
+from shoal.placement.byte_ring import ByteRing
+from shoal.placement.window import TensorLoad, choose_residency, token_time_s
 
 MB = 1_000_000
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal.ids import ModelHash
-from shoal.runtime.kept_profiles import KEPT_FOR_S, KeptProfiles, Measured, profile_key
+from shoal.runtime.kept_profiles import KEPT_BUSY_FOR_S, KEPT_FOR_S, KeptProfiles, Measured, profile_key
 
 MEASURED = Measured(
     layer_s=1e-3,
@@ -30,6 +31,9 @@ def test_a_profile_is_found_again_until_it_is_too_old(tmp_path: Path) -> None:
     assert kept.find("key", now_s=1001.0 + KEPT_FOR_S) is None
     assert kept.find("key", now_s=999.0) is None, "a clock went back"
     assert kept.find("other", now_s=1000.0) is None
+    kept.keep("busy", msgspec.structs.replace(MEASURED, is_steady=False))
+    assert kept.find("busy", now_s=1000.0 + KEPT_BUSY_FOR_S) is not None
+    assert kept.find("busy", now_s=1001.0 + KEPT_BUSY_FOR_S) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{nonsense", '{"key": {"layer_s": "fast"}}', '{"key": 3}'])

@@ -167,3 +167,42 @@ def _come_as_stranger(state: Path) -> None:
         secured.sendall(b"\0\0\0\0")
         answered = secured.recv(4096)
     assert answered == b""
+
+
+@pytest.mark.full
+def test_a_model_moves_to_a_member_that_comes_where_that_is_faster(tmp_path: Path) -> None:
+    """Alone, the first device has too little memory, and reads for every token."""
+
+    def arguments(name: str, *more: str) -> list[str]:
+        return [
+            f"--name={name}", f"--state={tmp_path / name}", "--members=127.0.0.1:0", f"--models={demo_model().parent}", *more
+        ]  # fmt: skip
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            first = await OwnAgent.start(arguments("first", "--memory=190MB"))
+            stack.push_async_callback(first.stop)
+            asked = request(demo_model(), tokens=8, options=EngineOptions(num_threads=1, repack=False, context=256))
+
+            async def devices() -> tuple[set[str], list[int], int]:
+                found = await ask(first.address, asked, show=lambda _: None, status=lambda _: None)
+                streamed = sum(stage.streamed_bytes for stage in found.engine.stages)
+                return {stage.device for stage in found.engine.stages}, found.finished.token_ids, streamed
+
+            alone, tokens, streamed = await devices()
+            assert alone == {"first"}
+            assert streamed > 0
+            second = await OwnAgent.start(arguments("second"))
+            stack.push_async_callback(second.stop)
+            made = await asyncio.to_thread(_ask_owner, tmp_path / "first", MakeInvitation(1, 600.0), Invitation)
+            assert isinstance(made, Invitation)
+            await asyncio.to_thread(_ask_owner, tmp_path / "second", JoinCluster(made.token), Joined)
+            give_up_s = asyncio.get_running_loop().time() + 60.0
+            while (found := await devices())[0] == alone:
+                assert asyncio.get_running_loop().time() < give_up_s, "it did not move"
+                await asyncio.sleep(0.5)
+            assert "second" in found[0]
+            assert found[1] == tokens
+            assert found[2] < streamed
+
+    asyncio.run(scenario())

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+from shoal.compute.backend import compute_devices
 from shoal.errors import DeviceUnreachable
 from shoal.runtime.channel import split_address
 from shoal.runtime.node.links import DEFAULT_PORT
@@ -58,6 +59,7 @@ def examine(state: Path) -> Iterator[Finding]:
     """This device first, then its cluster as its agent sees it."""
     yield _disk(state)
     yield _clock(time.time())
+    yield _compute()
     began_s = time.monotonic()
     try:
         with OwnerLink(state, timeout_s=10.0) as owner:
@@ -79,6 +81,16 @@ def _disk(state: Path) -> Finding:
     free_bytes = shutil.disk_usage(folder).free
     advice = "" if free_bytes >= DISK_BYTES_MIN else "Make room: a device that cannot write acknowledges nothing, and stops."
     return Finding("disk", f"{format_bytes(free_bytes)} free at {state}", advice)
+
+
+def _compute() -> Finding:
+    """With what this device can compute; `--device` takes the names."""
+    found = [
+        f"{device.name} ({device.description.strip()}"
+        + (f", {format_bytes(device.memory_total_bytes)})" if device.kind != "cpu" else ")")
+        for device in compute_devices()
+    ]
+    return Finding("compute", ", ".join(found))
 
 
 def _clock(since_1970_s: float) -> Finding:

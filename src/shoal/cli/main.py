@@ -39,11 +39,15 @@ Plain = Annotated[
 Models = Annotated[list[Path] | None, typer.Option("--models", help="A folder with .gguf files; repeat for more.")]
 Memory = Annotated[str | None, typer.Option(help="Most memory that shoal may take here, such as 8GB.", metavar="SIZE")]
 Threads = Annotated[int | None, typer.Option(min=1, max=512, help="Compute threads; measured if not given.")]
-Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal status` lists them.")]
+Device = Annotated[str | None, typer.Option("--device", help="Compute device, as `shoal doctor` lists them.")]
 Name = Annotated[str | None, typer.Option(help="This device's name; the host's if not given.")]
 AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to ask; {DEFAULT_AGENT} if one runs there.")]
 Rounds = Annotated[
     int | None, typer.Option(min=1, max=255, help="How often a token goes round the devices; planned if not given.")
+]
+GpuLayers = Annotated[
+    str | None,
+    typer.Option(help="With --layers, how many of them a graphics processor computes: 4,0,0.", metavar="COUNTS"),
 ]
 PlacementText = Annotated[
     str,
@@ -232,6 +236,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for more.")] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
+    gpu_layers: GpuLayers = None,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -259,6 +264,7 @@ def run(
             options=EngineOptions(
                 context=context,
                 layer_counts=verb.parse_counts(layers),
+                accelerator_layers=verb.parse_gpu_layers(gpu_layers, layers),
                 placement=verb.parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
@@ -394,6 +400,7 @@ def serve(
     layers: Annotated[
         str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
     ] = None,
+    gpu_layers: GpuLayers = None,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -416,7 +423,7 @@ def serve(
 ) -> None:
     """Serve models to any program written for OpenAI's API. Ctrl-C leaves."""
     from shoal.cli import serve as verb
-    from shoal.cli.run import parse_counts, parse_placement, parse_residency
+    from shoal.cli.run import parse_counts, parse_gpu_layers, parse_placement, parse_residency
     from shoal.cli.up import agent_options
     from shoal.runtime.channel import split_address
     from shoal.runtime.messages import EngineOptions
@@ -436,6 +443,7 @@ def serve(
             engine=EngineOptions(
                 context=context,
                 layer_counts=parse_counts(layers),
+                accelerator_layers=parse_gpu_layers(gpu_layers, layers),
                 placement=parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,

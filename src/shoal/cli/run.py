@@ -65,14 +65,21 @@ class Answer:
     finished: Finished
 
 
-def parse_counts(text: str | None) -> list[int] | None:
+def parse_counts(text: str | None, *, option: str = "--layers") -> list[int] | None:
     """'10,10,10' -> [10, 10, 10]. Raises ValueError."""
     if text is None:
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"--layers {text}: write whole numbers with commas between, such as 10,10,10") from None
+        raise ValueError(f"{option} {text}: write whole numbers with commas between, such as 10,10,10") from None
+
+
+def parse_gpu_layers(text: str | None, layers: str | None) -> list[int] | None:
+    """Raises ValueError, too where layers are not given by hand: the planner decides both."""
+    if text is not None and layers is None:
+        raise ValueError(f"--gpu-layers {text}: give --layers as well, or leave both to the planner")
+    return parse_counts(text, option="--gpu-layers")
 
 
 def parse_placement(text: str) -> PlacementName:

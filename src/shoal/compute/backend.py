@@ -50,6 +50,13 @@ def compute_devices() -> list[ComputeDevice]:
     return found
 
 
+def accelerator_name(backend: Backend) -> str:
+    """The graphics processor that may compute layers beside this processor: ggml's first one; '' where there is none, or
+    where the backend is one itself."""
+    found = (device.name for device in compute_devices() if device.kind in ("gpu", "integrated gpu"))
+    return next(found, "") if backend.is_host else ""
+
+
 class Backend:
     """An open ggml device.
 

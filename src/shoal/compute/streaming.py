@@ -24,7 +24,7 @@ from shoal.compute.model import Model, matrix_names
 from shoal.compute.weights import describe
 from shoal.errors import BadModelFile
 from shoal.ids import LayerRange
-from shoal.placement.window import ByteRing
+from shoal.placement.byte_ring import ByteRing
 
 BLOCK_BYTES = 4096
 """What direct reads are aligned to: no disk or file system in use wants more."""

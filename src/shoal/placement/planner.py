@@ -170,6 +170,7 @@ def plan_by_hand(
     model: ModelProfile,
     *,
     rounds: int | None = None,
+    on_accelerator: Sequence[int] | None = None,
     objective: ObjectiveName = "latency",
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> Plan:
@@ -191,7 +192,17 @@ def plan_by_hand(
         allowed = f"1 to {rounds_max} are possible, as many as the device with fewest layers has"
         raise ValueError(f"{rounds} rounds: {'a device alone goes round once' if is_alone else allowed}")
     mover = _Mover(cluster, model, OBJECTIVES[objective], prompt_tokens)
-    by_hand = Split(num_rounds=1, num_layers=tuple(num_layers), num_accelerator_layers=(0,) * len(num_layers))
+    fast = tuple(on_accelerator or (0,) * len(num_layers))
+    if len(fast) != len(num_layers) or any(not 0 <= few <= count for few, count in zip(fast, num_layers, strict=True)):
+        raise ValueError(
+            f"GPU layers {','.join(map(str, fast))} do not fit layers {','.join(map(str, num_layers))}: give one count per "
+            "device, at most as many as it has"
+        )
+    for device, few in zip(cluster.devices, fast, strict=True):
+        if few and device.accelerator is None:
+            raise ValueError(f"{few} GPU layers on {device.id}: its build of ggml finds no graphics processor there")
+    slow = tuple(count - few for count, few in zip(num_layers, fast, strict=True))
+    by_hand = Split(num_rounds=1, num_layers=slow, num_accelerator_layers=fast)
     draft = mover.draft_of_split(by_hand)
     # What counts is how many layers a window has at most.
     widths = {math.ceil(rounds_max / width) for width in range(1, rounds_max + 1)}
@@ -483,6 +494,8 @@ class _Mover:
         layer_bytes = max(self._model.layer_bytes) + self._model.cache_bytes_per_layer
         if life.memory_left_bytes < layer_bytes and life.accelerator_left_bytes < layer_bytes:
             return "memory: one more layer would be streamed" if not life.streamed_bytes else "memory: reads are hidden"
+        if stage.num_layers == self._model.num_layers:
+            return "speed: it does all there is to do"
         if stage.num_layers == 0:
             return "speed: only the output projection is worth its time"
         return "speed: others would wait for it longer"

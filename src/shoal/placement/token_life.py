@@ -14,7 +14,6 @@ Not in it: attention over what the cache holds (grows with the context), and any
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -22,7 +21,7 @@ import msgspec
 from shoal.errors import InfeasiblePlacement
 from shoal.ids import DeviceId, LayerRange
 from shoal.placement.profile import UNITS_COUNTED, Cluster, DeviceProfile, ModelProfile, units_of
-from shoal.placement.window import ByteRing
+from shoal.placement.stage_clock import Piece, StageClock, Visit
 from shoal.units import format_bytes
 
 _TOKENS_MAX = 8
@@ -91,14 +90,6 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
         return max(max(stage.compute_s, stage.read_s) for stage in self.stages)
 
 
-class _Piece(msgspec.Struct, frozen=True):
-    """A streamed unit and the resident computing before it, in seconds of a token; a prompt's are in proportion."""
-
-    before_s: float
-    num_bytes: int
-    compute_s: float
-
-
 class _Track:
     """One stage as it runs."""
 
@@ -122,17 +113,12 @@ class _Track:
         self.ring_bytes = stage.ring_bytes if weights > room else 0
         excess = max(0, weights + self.ring_bytes - room) if self.ring_bytes or weights > room else 0
         self._check(room, weights, excess)
-        self.pieces, self.tails_s, self.streamed_bytes = _mix(units, excess)
+        self.visits, self.streamed_bytes = _mix(units, excess)
         self.resident_bytes = weights - self.streamed_bytes
         self.memory_left_bytes = room - self.resident_bytes - self.ring_bytes
-        self.rate = device.disk.read_bytes_per_s if device.disk else 1.0
-        self.read_s = self.streamed_bytes / self.rate
-        self._ring = ByteRing(self.ring_bytes)
-        self._leave_s: deque[float] = deque()
-        self._reader_s = 0.0
-        self.free_s = 0.0
-        self.compute_s = 0.0
-        self.disk_wait_s = 0.0
+        rate = device.disk.read_bytes_per_s if device.disk else 1.0
+        self.read_s = self.streamed_bytes / rate
+        self.clock = StageClock(ring_bytes=self.ring_bytes, read_bytes_per_s=rate)
 
     def _cpu_units(self) -> list[list[tuple[int, float]]]:
         """Per window (and the head's output after the last) the CPU's units in order: bytes and seconds of a token."""
@@ -188,7 +174,7 @@ class _Track:
 
     def fits_ring(self, window: int) -> bool:
         """Whether a window's streamed units stay in the ring together, wherever in it they begin."""
-        pieces = self.pieces[window]
+        pieces = self.visits[window].pieces
         largest = max((piece.num_bytes for piece in pieces), default=0)
         return sum(piece.num_bytes for piece in pieces) + 2 * largest <= self.ring_bytes
 
@@ -202,31 +188,17 @@ class _Track:
         is_output = window == len(self.stage.windows)
         times = self._device.times
         scale = 1.0 if num_tokens == 1 or is_output else times.prefill_layer_s(num_tokens) / times.layer_s
-        now_s = max(arrived_s, self.free_s)
-        reader_s, ring, leave_s, rate = self._reader_s, self._ring, self._leave_s, self.rate
-        waited_s, computed_s = 0.0, 0.0
-        for piece in self.pieces[window]:
-            now_s += piece.before_s * scale
-            if reads:
-                while ring.take(piece.num_bytes) is None:
-                    ring.free()
-                    reader_s = max(reader_s, leave_s.popleft())
-                reader_s += piece.num_bytes / rate
-                if reader_s > now_s:
-                    waited_s += reader_s - now_s
-                    now_s = reader_s
-            now_s += piece.compute_s * scale
-            computed_s += (piece.before_s + piece.compute_s) * scale
-            if leaves:
-                leave_s.append(now_s)
-        rest_s = self.tails_s[window] * scale + self.fixed_s(window, num_tokens)
-        self._reader_s, self.free_s = reader_s, now_s + rest_s
-        self.compute_s += computed_s + rest_s
-        self.disk_wait_s += waited_s
-        return self.free_s
+        return self.clock.visit(
+            self.visits[window],
+            arrived_s,
+            scale=scale,
+            fixed_s=self.fixed_s(window, num_tokens),
+            reads=reads,
+            leaves=leaves,
+        )
 
 
-def _mix(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[list[_Piece]], list[float], int]:
+def _mix(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[Visit], int]:
     """At least `excess` bytes of units to be streamed, evenly among the others; resident computing is added up between.
 
     The output projection, last of `units`, is streamed only when all layers are: it is needed in one visit, so that less
@@ -234,19 +206,18 @@ def _mix(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[list[_
     """
     *layers, output = units
     in_layers = min(excess, sum(num_bytes for window in layers for num_bytes, _ in window))
-    pieces, tails_s, streamed = _choose(layers, in_layers)
-    last, last_s, more = _choose([output], max(0, excess - streamed))
-    return [*pieces, *last], [*tails_s, *last_s], streamed + more
+    visits, streamed = _choose(layers, in_layers)
+    last, more = _choose([output], max(0, excess - streamed))
+    return [*visits, *last], streamed + more
 
 
-def _choose(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[list[_Piece]], list[float], int]:
+def _choose(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[Visit], int]:
     total = sum(num_bytes for window in units for num_bytes, _ in window)
-    pieces: list[list[_Piece]] = []
-    tails_s: list[float] = []
+    visits: list[Visit] = []
     owed, streamed, seen = 0.0, 0, 0
     share = min(1.0, excess / total) if total else 0.0
     for window in units:
-        here: list[_Piece] = []
+        here: list[Piece] = []
         before_s = 0.0
         for num_bytes, compute_s in window:
             seen += num_bytes
@@ -254,15 +225,14 @@ def _choose(units: list[list[tuple[int, float]]], excess: int) -> tuple[list[lis
             # What can still be streamed after this unit must suffice.
             is_needed = excess - streamed > total - seen
             if excess > streamed and (owed >= num_bytes / 2 or is_needed):
-                here.append(_Piece(before_s, num_bytes, compute_s))
+                here.append(Piece(before_s, num_bytes, compute_s))
                 owed -= num_bytes
                 streamed += num_bytes
                 before_s = 0.0
             else:
                 before_s += compute_s
-        pieces.append(here)
-        tails_s.append(before_s)
-    return pieces, tails_s, streamed
+        visits.append(Visit(tuple(here), before_s))
+    return visits, streamed
 
 
 def live(
@@ -295,7 +265,7 @@ def live(
     now_s, token_s = first_s, 0.0
     for _ in range(_TOKENS_MAX):
         for track in tracks:
-            track.compute_s = track.disk_wait_s = 0.0
+            track.clock.clear()
         hops.wire_s, hops.count = 0.0, 0
         done_s = _token(tracks, walk, hops, model, now_s)
         previous_s, token_s, now_s = token_s, done_s - now_s, done_s
@@ -310,8 +280,8 @@ def live(
         stages=tuple(
             StageLife(
                 device=cluster.devices[track.stage.device].id,
-                compute_s=track.compute_s,
-                disk_wait_s=track.disk_wait_s,
+                compute_s=track.clock.compute_s,
+                disk_wait_s=track.clock.disk_wait_s,
                 read_s=track.read_s,
                 resident_bytes=track.resident_bytes,
                 streamed_bytes=track.streamed_bytes,
@@ -380,7 +350,7 @@ def _batches(num_tokens: int, model: ModelProfile) -> list[int]:
 
 def _reads(track: _Track, prompt_tokens: int, model: ModelProfile) -> int:
     num_batches = len(_batches(prompt_tokens, model))
-    streams = [window for window in range(len(track.stage.windows)) if track.pieces[window]]
+    streams = [window for window in range(len(track.stage.windows)) if track.visits[window].pieces]
     return 1 if all(track.fits_ring(window) for window in streams) else num_batches
 
 

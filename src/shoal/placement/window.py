@@ -8,12 +8,12 @@ Pure. `compute/streaming.py` acts in the order that is assumed here.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
 
 import msgspec
 
 from shoal.errors import InfeasiblePlacement
+from shoal.placement.stage_clock import Piece, StageClock, Visit
 from shoal.units import format_bytes
 
 RING_UNITS = (1, 2, 2.5, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -42,41 +42,6 @@ class Residency(msgspec.Struct, frozen=True):
     ring_bytes: int
     streamed_bytes: int
     token_s: float
-
-
-class ByteRing:
-    """Room for tensors in the order in which they come and go: each in one piece, the oldest freed first.
-
-    Args:
-        num_bytes: of the ring.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes = num_bytes
-        self._taken: deque[tuple[int, int]] = deque()
-
-    def take(self, num_bytes: int) -> int | None:
-        """Where a piece of `num_bytes` goes, or None until something is freed."""
-        if not self._taken:
-            begin = 0
-        else:
-            first, last = self._taken[0][0], self._taken[-1][1]
-            if last > first:
-                begin = last if last + num_bytes <= self.num_bytes else 0
-                if begin == 0 and num_bytes > first:
-                    return None
-            else:
-                begin = last
-                if begin + num_bytes > first:
-                    return None
-        if begin + num_bytes > self.num_bytes:
-            return None
-        self._taken.append((begin, begin + num_bytes))
-        return begin
-
-    def free(self) -> None:
-        """The oldest piece is needed no more."""
-        self._taken.popleft()
 
 
 Windows = Sequence[Sequence[TensorLoad]]
@@ -128,68 +93,27 @@ def token_time_s(
     windows: Windows, streamed: Collection[str], *, ring_bytes: int, read_bytes_per_s: float, idle_s: float = 0.0
 ) -> float:
     """Steady seconds from one token to the next on a device, waiting for others (`idle_s`) included."""
-    device = DeviceClock(windows, streamed, ring_bytes=ring_bytes, read_bytes_per_s=read_bytes_per_s)
+    clock = StageClock(ring_bytes=ring_bytes, read_bytes_per_s=read_bytes_per_s)
+    visits = [_visit_of(window, frozenset(streamed)) for window in windows]
     now_s = turn_s = 0.0
     for _ in range(_TURNS):
         started_s = now_s
-        for index in range(len(windows)):
-            now_s = device.visit(index, now_s + idle_s / len(windows))
+        for visit in visits:
+            now_s = clock.visit(visit, now_s + idle_s / len(windows))
         turn_s = now_s - started_s
     return turn_s
 
 
-def ring_time_s(devices: Sequence[DeviceClock], *, hop_s: float) -> tuple[float, list[float]]:
-    """Steady seconds per token of a ring, window after window from device to device; and those spent at each device."""
-    now_s = turn_s = 0.0
-    visits_s = [0.0] * len(devices)
-    for _ in range(_TURNS):
-        started_s = now_s
-        visits_s = [0.0] * len(devices)
-        for index in range(devices[0].num_windows):
-            for number, device in enumerate(devices):
-                left_s = device.visit(index, now_s)
-                visits_s[number] += left_s - now_s
-                now_s = left_s + hop_s
-        turn_s = now_s - started_s
-    return turn_s, visits_s
-
-
-class DeviceClock:
-    """The recurrence of one device: when its windows end, and how far its reader is by then.
-
-    The reader takes streamed tensors in their order, each as soon as the ring has room; a tensor is computed when the
-    one before it is done and it is there, and leaves the ring then.
-
-    Args:
-        streamed: names of the tensors that do not stay.
-    """
-
-    def __init__(self, windows: Windows, streamed: Collection[str], *, ring_bytes: int, read_bytes_per_s: float) -> None:
-        self._windows = windows
-        self._streamed = frozenset(streamed)
-        self._read_bytes_per_s = read_bytes_per_s
-        self._ring = ByteRing(ring_bytes)
-        self._leave_s: deque[float] = deque()
-        """When each tensor in the ring leaves it."""
-        self._reader_s = 0.0
-
-    @property
-    def num_windows(self) -> int:
-        return len(self._windows)
-
-    def visit(self, index: int, now_s: float) -> float:
-        """When the window that is begun at `now_s` is done. Windows are visited in their order, round and round."""
-        for tensor in self._windows[index]:
-            if tensor.name not in self._streamed:
-                now_s += tensor.compute_s
-                continue
-            while self._ring.take(tensor.num_bytes) is None:
-                self._ring.free()
-                self._reader_s = max(self._reader_s, self._leave_s.popleft())
-            self._reader_s += tensor.num_bytes / self._read_bytes_per_s
-            now_s = max(now_s, self._reader_s) + tensor.compute_s
-            self._leave_s.append(now_s)
-        return now_s
+def _visit_of(window: Sequence[TensorLoad], streamed: frozenset[str]) -> Visit:
+    pieces: list[Piece] = []
+    before_s = 0.0
+    for tensor in window:
+        if tensor.name in streamed:
+            pieces.append(Piece(before_s, tensor.num_bytes, tensor.compute_s))
+            before_s = 0.0
+        else:
+            before_s += tensor.compute_s
+    return Visit(tuple(pieces), before_s)
 
 
 def choose_streamed(tensors: Sequence[TensorLoad], resident_bytes: int) -> frozenset[str]:

@@ -9,7 +9,7 @@ import msgspec
 from shoal.compute.model import Model
 from shoal.errors import RequestError
 from shoal.ids import DeviceId
-from shoal.placement.profile import DeviceProfile, Disk, LayerTimes, LinkProfile, ModelProfile, ReadMode, System
+from shoal.placement.profile import Accelerator, DeviceProfile, Disk, LayerTimes, LinkProfile, ModelProfile, ReadMode, System
 from shoal.runtime.channel import Distance
 from shoal.runtime.messages import WorkerReport
 
@@ -84,6 +84,7 @@ def device_of_report(
             # Where it was not measured: as fast as layers of as many bytes.
             output_s=report.output_s or report.layer_s * report.output_bytes / mean_layer_bytes,
         ),
+        accelerator=_accelerator(report),
         disk=_disk(report) if may_stream else None,
         spreads=report.spreads,
         age_s=report.age_s,
@@ -107,6 +108,17 @@ def links_from_head(devices: Sequence[DeviceId], distances: Sequence[Distance]) 
         for source, first in zip(devices, distances, strict=True)
         for target, second in zip(devices, distances, strict=True)
         if source != target
+    )
+
+
+def _accelerator(report: WorkerReport) -> Accelerator | None:
+    found = report.accelerator
+    if found is None:
+        return None
+    return Accelerator(
+        memory_bytes=found.memory_bytes,
+        times=LayerTimes(layer_s=found.layer_s, batch_layer_s=found.batch_layer_s),
+        shares_memory=found.shares_memory,
     )
 
 

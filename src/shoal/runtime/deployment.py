@@ -366,6 +366,7 @@ async def _load(
             ring_bytes=life.ring_bytes if len(plan.stages) > 1 else 0,
             residency=options.residency,
             window_layers=options.window_layers,
+            accelerator_layers=list(stage.accelerator_layers) if any(stage.accelerator_layers) else [],
         )
         return await member.ask(assign, StageReady, timeout_s=LOAD_TIMEOUT_S)
 

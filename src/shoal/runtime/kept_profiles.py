@@ -1,6 +1,7 @@
 """What a device measured of itself with a model, kept: measuring as a plan deserves takes seconds, starts should not.
 
-A profile holds for one content of a model on one disk, with the settings and the processor it was measured with, for a week.
+A profile holds for one content of a model on one disk, with the settings and the processor it was measured with, for a
+week; for ten minutes where the device was busy meanwhile, as its spread shows.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import msgspec
 from shoal import __version__
 from shoal.ids import ModelHash
 from shoal.runtime.kept import KeptRecords
+from shoal.runtime.messages import AcceleratorReport
 
-KEPT_FOR_S = 7 * 86400.0
+KEPT_FOR_S, KEPT_BUSY_FOR_S = 7 * 86400.0, 600.0
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,12 +39,14 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     measured_s: float
     read_bytes_per_s: float = 0.0
     read_mode: str = "direct"
+    accelerator: AcceleratorReport | None = None
+    is_steady: bool = True
 
 
 def profile_key(
-    path: Path, model: ModelHash, *, compute_device: str, num_threads: int | None, num_cores: int, repack: bool
+    path: Path, model: ModelHash, *, compute_device: str | None, num_threads: int | None, num_cores: int, repack: bool
 ) -> str:
-    """What a profile depends on, as a name. `num_threads` None was left to the measurement."""
+    """What a profile depends on, as a name. None was left to this device."""
     parts = (__version__, ggml.__version__, model, path.stat().st_dev, compute_device, num_threads, num_cores, repack)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -59,7 +63,8 @@ class KeptProfiles:
             measured = msgspec.convert(self._records.get(key), Measured)
         except msgspec.ValidationError:
             return None
-        return measured if 0.0 <= now_s - measured.measured_s <= KEPT_FOR_S else None
+        kept_for_s = KEPT_FOR_S if measured.is_steady else KEPT_BUSY_FOR_S
+        return measured if 0.0 <= now_s - measured.measured_s <= kept_for_s else None
 
     def keep(self, key: str, measured: Measured) -> None:
         """Keeps it, in the place of an older one."""

@@ -140,6 +140,18 @@ class StartWorker(Message, frozen=True):
     """Whether the frames of its ring shall be encrypted, and its neighbours prove who they are."""
 
 
+class AcceleratorReport(msgspec.Struct, frozen=True):
+    """A graphics processor beside the processor that a worker computes on: `name` is ggml's, `memory_bytes` what the model
+    may use of its memory, and times are as those of `WorkerReport`, hidden states copied there and back."""
+
+    name: str
+    memory_bytes: int
+    layer_s: float
+    batch_layer_s: float
+    shares_memory: bool = False
+    """Whether its memory is the processor's."""
+
+
 class WorkerReport(Message, frozen=True):
     """What a worker measured at start; `runtime_bytes` is what it takes without any weights."""
 
@@ -170,6 +182,7 @@ class WorkerReport(Message, frozen=True):
     embedding_row_bytes: int = 0
     age_s: float = 0.0
     """How long ago it was measured: profiles are kept."""
+    accelerator: AcceleratorReport | None = None
 
 
 class AssignLayers(Message, frozen=True):
@@ -189,6 +202,8 @@ class AssignLayers(Message, frozen=True):
     """For what is read ahead; 0 leaves it to the worker."""
     residency: ResidencyMode = "auto"
     window_layers: int = 0
+    accelerator_layers: list[int] = []
+    """How many of each window's last layers the device's accelerator computes; empty: none."""
 
 
 class StageReady(Message, frozen=True):
@@ -274,6 +289,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     """Most tokens computed at once; None is 512 on one device, 128 over several, which compute different ones at a time, and
     64 where weights are streamed and want the memory."""
     layer_counts: list[int] | None = None
+    accelerator_layers: list[int] | None = None
+    """Of each device's layers, with `layer_counts`: how many its accelerator computes."""
     placement: PlacementName = "planned"
     """Who holds which layers, where `layer_counts` does not say it: our planner, or a published way."""
     rounds: int | None = None

@@ -77,14 +77,16 @@ def num_physical_cores() -> int:
 
 
 class Timing(NamedTuple):
-    """Median seconds of repetitions, and how far they lay apart: (longest - shortest) / median."""
+    """Median seconds of repetitions, and how far they lay apart: (longest - shortest) / median. `is_steady`: the middle half
+    of them lies close together."""
 
     seconds: float
     spread: float
+    is_steady: bool = True
 
     def per(self, count: int) -> Timing:
         """Of one of `count` things that were timed together."""
-        return Timing(self.seconds / count, self.spread)
+        return self._replace(seconds=self.seconds / count)
 
 
 class ComputeProfile:
@@ -128,6 +130,11 @@ class ComputeProfile:
         self.output: Timing | None = None
         if for_plan and head and model.output_bytes <= room_bytes:
             self.output = self._time_output()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether this device was left alone while it was measured."""
+        return all(timing.is_steady for timing in (self.layer, self.batch_layer, self.output) if timing is not None)
 
     @property
     def spreads(self) -> dict[str, float]:
@@ -217,10 +224,9 @@ def measure(
 
 
 def _is_stable(samples: dict[int, list[float]]) -> bool:
-    low, median, high = np.percentile(min(samples.values(), key=np.median), (25, 50, 75))
-    return bool(high - low <= _STABLE_WITHIN * median)
+    return _timing(min(samples.values(), key=np.median)).is_steady
 
 
 def _timing(times: list[float]) -> Timing:
-    median = float(np.median(times))
-    return Timing(median, (max(times) - min(times)) / median)
+    low, median, high = (float(each) for each in np.percentile(times, (25, 50, 75)))
+    return Timing(median, (max(times) - min(times)) / median, high - low <= _STABLE_WITHIN * median)

@@ -117,7 +117,8 @@ class Question:
     def _plan(self, cluster: Cluster, micro_batch: int) -> Plan:
         options, model = self.options, self._model(micro_batch)
         if options.layer_counts is not None:
-            return plan_by_hand(options.layer_counts, cluster, model, rounds=options.rounds)
+            on_accelerator = options.accelerator_layers
+            return plan_by_hand(options.layer_counts, cluster, model, rounds=options.rounds, on_accelerator=on_accelerator)
         if options.placement != "planned":
             if options.rounds is not None:
                 raise ValueError(f"--rounds {options.rounds}: --placement {options.placement} chooses its rounds itself")

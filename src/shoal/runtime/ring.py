@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shoal.compute.stage import Stage
+from shoal.compute.split import AnyStage
 from shoal.ids import EngineId
 from shoal.inference.batching import MicroBatch
 from shoal.transport.framing import FrameKind, StageTiming
@@ -46,7 +46,7 @@ class RingStage:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: AnyStage,
         inbound: Inbound,
         outbound: Outbound,
         threads: ThreadCounts,
@@ -101,7 +101,7 @@ class RingHead:
 
     def __init__(
         self,
-        stage: Stage,
+        stage: AnyStage,
         engine: EngineId,
         threads: ThreadCounts,
         *,
@@ -296,12 +296,12 @@ class _Pass(NamedTuple):
     more: bool
 
 
-def frame_shape(stage: Stage, num_stages: int) -> FrameShape:
+def frame_shape(stage: AnyStage, num_stages: int) -> FrameShape:
     """Of all frames in a stage's ring."""
     return FrameShape(stage.micro_batch, stage.model.shape.hidden_size, num_stages * len(stage.windows))
 
 
-def set_threads(stage: Stage, threads: ThreadCounts, num_tokens: int) -> None:
+def set_threads(stage: AnyStage, threads: ThreadCounts, num_tokens: int) -> None:
     """Few tokens are bound by memory, many by arithmetic: each has its own best count."""
     wanted = threads.decode if num_tokens == 1 else threads.prefill
     if stage.backend.num_threads != wanted:

@@ -16,6 +16,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NoReturn, TypeVar
@@ -23,13 +24,14 @@ from typing import BinaryIO, NoReturn, TypeVar
 import msgspec
 
 from shoal import __version__
-from shoal.compute.backend import Backend
+from shoal.compute.backend import Backend, accelerator_name, compute_devices
 from shoal.compute.gguf import GGUFFile, TensorInfo
 from shoal.compute.model import Model, describe, matrix_names
+from shoal.compute.split import AnyStage, SplitStage, split_windows
 from shoal.compute.stage import Stage
 from shoal.compute.streaming import Streaming, measure_read_rate, read_mode, ring_bytes_min, room_bytes, row_runs
 from shoal.errors import InfeasiblePlacement, LinkError, RemoteProtocolError, ShoalError
-from shoal.ids import EngineId
+from shoal.ids import EngineId, LayerRange
 from shoal.placement.memory_watch import CHECK_EVERY_S, MemoryWatch
 from shoal.placement.profile import HEAD_ROOM_BYTES
 from shoal.placement.window import TensorLoad, choose_residency
@@ -38,6 +40,7 @@ from shoal.runtime.errors_by_name import failure
 from shoal.runtime.free_memory import PageFaults, available_bytes
 from shoal.runtime.kept_profiles import KeptProfiles, Measured, profile_key
 from shoal.runtime.messages import (
+    AcceleratorReport,
     AnyMessage,
     AssignLayers,
     Cancel,
@@ -55,7 +58,7 @@ from shoal.runtime.messages import (
     decode,
     encode,
 )
-from shoal.runtime.profile import ComputeProfile, num_physical_cores, own_bytes
+from shoal.runtime.profile import MEMORY_SHARE, ComputeProfile, num_physical_cores, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
 from shoal.transport.link import Inbound, Outbound, RingKeys, RingListener, dial
@@ -130,7 +133,12 @@ class Worker:
         self._backend = Backend(start.compute_device or "CPU")
         self._measure(start)
         assigned = self._expect(AssignLayers)
-        self._load(assigned, start)
+        # What is decided here is about this device's own memory: an accelerator's layers are in no part of it.
+        windows = assigned.windows
+        if assigned.accelerator_layers:
+            own, _ = split_windows(windows, assigned.accelerator_layers, head=assigned.head)
+            assigned = msgspec.structs.replace(assigned, windows=own)
+        self._load(assigned, start, windows)
         connect = self._expect(ConnectRing)
         inbound, outbound = self._connect(connect, assigned)
         if assigned.head:
@@ -185,6 +193,7 @@ class Worker:
                 spreads=measured.spreads,
                 embedding_row_bytes=self._model.file.tensors["token_embd.weight"].num_bytes // shape.vocab_size,
                 age_s=max(0.0, now_s - measured.measured_s),
+                accelerator=measured.accelerator,
             )
         )
 
@@ -196,7 +205,7 @@ class Worker:
         key = profile_key(
             path,
             start.model.hash,
-            compute_device=self._backend.device_name,
+            compute_device=start.compute_device,
             num_threads=start.num_threads,
             num_cores=num_physical_cores(),
             repack=start.repack,
@@ -232,6 +241,26 @@ class Worker:
             num_threads_prefill=profile.num_threads_prefill,
             spreads=profile.spreads,
             measured_s=time.time(),
+            is_steady=profile.is_steady,
+            accelerator=None if start.compute_device else self._measured_accelerator(),
+        )
+
+    def _measured_accelerator(self) -> AcceleratorReport | None:
+        """What a graphics processor beside this processor would do, where this build of ggml finds one."""
+        name = accelerator_name(self._backend)
+        if not name:
+            return None
+        device = next(device for device in compute_devices() if device.name == name)
+        memory_bytes = int(MEMORY_SHARE * device.memory_free_bytes)
+        with contextlib.closing(Backend(name)) as backend:
+            # Roughly: two layers are as far from such a memory as all of them.
+            profile = ComputeProfile(self._model, backend, num_threads=1, repack=False)
+        return AcceleratorReport(
+            name,
+            memory_bytes,
+            profile.layer.seconds,
+            profile.batch_layer.seconds,
+            shares_memory=device.kind == "integrated gpu",
         )
 
     def _may_stream(self, memory_bytes: int | None) -> bool:
@@ -239,7 +268,8 @@ class Worker:
         size = self._model.path.stat().st_size
         return self._backend.is_host and memory_bytes is not None and memory_bytes <= 2 * size + _FITS_SURELY_BYTES
 
-    def _load(self, assigned: AssignLayers, start: StartWorker) -> None:
+    def _load(self, assigned: AssignLayers, start: StartWorker, windows: Sequence[LayerRange]) -> None:
+        """Loads `windows`, of which `assigned` has this processor's part."""
         self._watch: MemoryWatch | None = None
         streaming = None
         if assigned.residency == "window":
@@ -252,18 +282,7 @@ class Worker:
                 streaming = self._choose_streaming(assigned, memory_bytes)
             self._watch, self._faults = MemoryWatch(memory_bytes), PageFaults()
             self._next_check_s = time.monotonic() + CHECK_EVERY_S
-        self._stage = stage = Stage(
-            self._model,
-            assigned.windows,
-            self._backend,
-            context=assigned.context,
-            micro_batch=assigned.micro_batch,
-            head=assigned.head,
-            repack=start.repack and assigned.residency == "auto",
-            streaming=streaming,
-            # A device alone would ask for what it has just used.
-            prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
-        )
+        self._stage = stage = self._make_stage(assigned, windows, streaming, repack=start.repack)
         self._listener = None
         self._ring_keys: RingKeys | None = None
         if assigned.num_stages > 1:
@@ -281,6 +300,36 @@ class Worker:
                 holds_windows=stage.holds_windows,
                 ring_key=self._ring_keys.public_key if self._ring_keys else b"",
             )
+        )
+
+    def _make_stage(
+        self, assigned: AssignLayers, windows: Sequence[LayerRange], streaming: Streaming | None, *, repack: bool
+    ) -> AnyStage:
+        repack = repack and assigned.residency == "auto"
+        if assigned.accelerator_layers:
+            return SplitStage(
+                self._model,
+                windows,
+                self._backend,
+                Backend(accelerator_name(self._backend)),
+                assigned.accelerator_layers,
+                context=assigned.context,
+                micro_batch=assigned.micro_batch,
+                head=assigned.head,
+                repack=repack,
+                streaming=streaming,
+            )
+        return Stage(
+            self._model,
+            windows,
+            self._backend,
+            context=assigned.context,
+            micro_batch=assigned.micro_batch,
+            head=assigned.head,
+            repack=repack,
+            streaming=streaming,
+            # A device alone would ask for what it has just used.
+            prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
         )
 
     def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
