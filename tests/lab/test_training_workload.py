@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shoal.lab.linear_model import Linear
+from shoal.lab.scenario import Cut, Heal
 from shoal.lab.training_workload import Settings, Step, Training, durations
 from shoal.runs import checkpoint as checkpoints
 from shoal.training.samples import SampleOrder
@@ -55,6 +56,14 @@ def check_bits_and_losses(steps: dict[str, list[Step]]) -> None:
         model.apply(np.concatenate([gradients / np.float32(len(samples)), model.buffers()]), step=done.step)
 
 
+def check_samples(parts: list[list[int]]) -> None:
+    """Exactly once in each pass, in order."""
+    spans = [span for span in parts if span[0] != span[1]]
+    passes = [0, *(index for index in range(1, len(spans)) if spans[index][0] == 0), len(spans)]
+    for begin, stop in pairwise(passes):
+        assert all(one[1] == other[0] for one, other in pairwise(spans[begin:stop]))
+
+
 @pytest.mark.timeout(240)
 def test_a_fourth_device_joins_and_the_others_hardly_notice(lab: MakeLab, tmp_path: Path) -> None:
     folders = iter(range(9))
@@ -94,7 +103,35 @@ def test_one_is_killed_then_all_and_the_checkpoint_goes_on(lab: MakeLab, tmp_pat
     assert wholes[0]["entries"] == wholes[1]["entries"]
     assert [entry[0] for entry in wholes[0]["entries"]] == list(range(NUM_STEPS))
     assert wholes[0]["digest"] == wholes[1]["digest"]
-    spans = [span for span in wholes[0]["samples"] if span[0] != span[1]]
-    passes = [0, *(index for index in range(1, len(spans)) if spans[index][0] == 0), len(spans)]
-    for begin, stop in pairwise(passes):
-        assert all(one[1] == other[0] for one, other in pairwise(spans[begin:stop])), "samples exactly once, in order"
+    check_samples(wholes[0]["samples"])
+
+
+def test_who_is_cut_off_waits_and_comes_back_and_who_is_started_again_is_who_it_was(lab: MakeLab, tmp_path: Path) -> None:
+    links = [{"between": [one, other], "rate_mbit_s": LAN_MBIT_S} for one, other in (("a", "b"), ("b", "c"), ("a", "c"))]
+    opened = lab({"devices": {name: {} for name in "abc"}, "links": links})
+    training = Training(opened)
+    settings = {
+        name: Settings(20_000, 90, 1.5, members_min=3 if name == "a" else 1, folder=str(tmp_path / name)) for name in "abc"
+    }
+    training.start("a", settings["a"])
+    for name in "bc":
+        training.start(name, settings[name], peers=["a"])
+    training.wait_step("c", 3, 40.0)
+    for other in "ab":
+        opened.apply(Cut(between=("c", other)))
+    step = training.steps("a")[-1].step
+    training.wait_step("a", step + 5, 30.0)
+    assert training.steps("c")[-1].step <= step + 1, "alone it applies nothing"
+    for other in "ab":
+        opened.apply(Heal(between=("c", other)))
+    training.wait_step("c", step + 6, 30.0)
+    # The first voter is lost while the others are in the middle of a step, and comes back without an address of anybody.
+    before = training.steps("a")[-1].step
+    training.kill("a")
+    training.wait_step("b", before + 2, 30.0)
+    training.start("a", settings["a"])
+    wholes = {name: training.end(name, 90.0) for name in "abc"}
+    assert {whole["digest"] for whole in wholes.values()} == {wholes["a"]["digest"]}
+    assert wholes["a"]["entries"] == wholes["b"]["entries"] == wholes["c"]["entries"]
+    assert [entry[0] for entry in wholes["a"]["entries"]] == list(range(90))
+    check_samples(wholes["a"]["samples"])

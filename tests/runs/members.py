@@ -35,13 +35,14 @@ class Member:
         order: SampleOrder | None = None,
         trust: Trust | None = None,
         name: str = "test",
+        listen: str = "127.0.0.1:0",
     ) -> None:
         self.trainee = Linear(padding=padding)
         self.compute_s, self.clip_norm = compute_s, clip_norm
         self.order = order or SampleOrder(3, NUM_SAMPLES, GLOBAL_BATCH)
         self.run = Run(
             name, self.trainee, self.order, num_steps=num_steps, peers=peers, members_min=members_min, folder=folder,
-            checkpoint_every=checkpoint_every, trust=trust,
+            checkpoint_every=checkpoint_every, trust=trust, listen=listen,
         )  # fmt: skip
         self.done: list[StepDone] = []
         self.digests: dict[int, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -10,7 +11,15 @@ from shoal.runs.progress import Progress
 from shoal.runs.run import StepDone
 
 
-def test_times_are_means_and_the_first_step_tells_nothing_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+class Begun(NamedTuple):
+    """What is asked of a run that begins."""
+
+    num_restored: int
+    peers: tuple[str, ...] = ()
+    address: str = "127.0.0.1:7500"
+
+
+def test_times_are_medians_and_the_first_step_tells_nothing_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("test", num_steps=5, folder=None)
     progress.show(StepDone(0, 2.0, 3, 0.01, 0.01, 90.0))
     assert capsys.readouterr().err == "test: step 1/5, loss 2.0000, 3 devices\n"
@@ -27,10 +36,14 @@ def test_times_are_means_and_the_first_step_tells_nothing_of_them(capsys: pytest
 
 def test_where_a_run_goes_on_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("test", num_steps=5, folder=tmp_path)
-    progress.begin(0)
-    assert not capsys.readouterr().err
-    progress.begin(3)
-    assert capsys.readouterr().err == f"test: goes on after step 3/5, from the checkpoint in {tmp_path}\n"
-    progress.begin(5)
-    assert "take another folder, or more steps" in capsys.readouterr().err
+    progress.begin(Begun(0), num_wanted=3)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "test: begins when 3 devices are there; others join with --peer 127.0.0.1:7500\n"
+    progress.begin(Begun(0, peers=("127.0.0.1:1",)), num_wanted=1)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "test: joins by 127.0.0.1:1\n"
+    progress.begin(Begun(3), num_wanted=1)  # type: ignore[arg-type]
+    joined, goes_on = capsys.readouterr().err.splitlines()
+    assert joined == "test: others join with --peer 127.0.0.1:7500"
+    assert goes_on == f"test: goes on after step 3/5, from the checkpoint in {tmp_path}"
+    progress.begin(Begun(5), num_wanted=1)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "test: all 5 steps are done already: take another folder, or more steps\n"
     progress.close(is_finished=True)

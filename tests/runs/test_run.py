@@ -200,6 +200,15 @@ def test_another_script_is_refused() -> None:
     founder.end()
 
 
+def test_a_folder_of_another_model_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    Member(num_steps=6, folder=tmp_path).end()
+    left = sorted(tmp_path.iterdir())
+    for _ in range(2):
+        with pytest.raises(DeviceRefused, match="take another folder, or the script that wrote it"):
+            Member(num_steps=6, folder=tmp_path, name="other")
+    assert sorted(tmp_path.iterdir()) == left
+
+
 def test_nobody_to_join_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "JOIN_S", 0.5)
     lone = Member(peers=("127.0.0.1:1",))

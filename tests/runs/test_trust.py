@@ -44,6 +44,21 @@ def test_members_of_a_cluster_train_and_one_dies() -> None:
 
 
 @pytest.mark.slow
+def test_a_member_comes_back_on_its_own_device_only(tmp_path: Path) -> None:
+    founder = Member(num_steps=1000, compute_s=0.02, trust=trust(0))
+    nodes = []
+    for number in (1, 1, 2):
+        member = Member(peers=(founder.run.address,), num_steps=1000, trust=trust(number), folder=tmp_path)
+        wait(lambda member=member: member.run.me in founder.run.members)  # type: ignore[misc]
+        nodes.append(member.run.me)
+        member.crash()
+    assert nodes[0] == nodes[1]
+    assert device_of(nodes[2]) == KEYS[2].node, "what another device promised is not its own"
+    founder.run.leave()
+    founder.end()
+
+
+@pytest.mark.slow
 def test_who_is_no_member_of_the_cluster_does_not_get_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "JOIN_S", 1.0)
     founder = Member(num_steps=1000, compute_s=0.05, trust=trust(0))

@@ -144,6 +144,24 @@ def test_who_comes_back_to_a_run_that_began_anew_gives_way(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_two_that_start_again_together_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    founder = Member(members_min=2, num_steps=20, compute_s=0.02, folder=tmp_path / "a")
+    address = founder.run.address
+    second = Member(peers=(address,), num_steps=20, compute_s=0.02, folder=tmp_path / "b")
+    founder.wait_step(6)
+    for member in (founder, second):
+        member.crash()
+    # Where the founder looks for it, the second listens again, and waits for the founder.
+    again = Member(peers=(address,), num_steps=20, folder=tmp_path / "b", listen=second.run.address)
+    assert again.run.me == second.run.me
+    founder = Member(members_min=2, num_steps=20, folder=tmp_path / "a", listen=address)
+    assert not founder.run.peers
+    for member in (founder, again):
+        member.end()
+    check_ledger([founder, again], 20)
+
+
+@pytest.mark.slow
 def test_a_run_that_lost_its_majority_is_recovered_and_who_comes_back_joins_it(tmp_path: Path) -> None:
     founder = Member(members_min=2, num_steps=70, compute_s=0.03, folder=tmp_path)
     second = Member(peers=(founder.run.address,), num_steps=70, compute_s=0.03)

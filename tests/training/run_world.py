@@ -70,6 +70,7 @@ class RunWorld(Group):
         """How long pulling a state takes; by chance, if None."""
         self._own: list[tuple[float, int, Callable[[], None]]] = []
         self._num_named = num_devices
+        self._lives: dict[NodeId, int] = {}
         names = [f"d{index:02}" for index in range(num_devices)]
         super().__init__(*names)
         for index, name in enumerate(self.names):
@@ -107,6 +108,16 @@ class RunWorld(Group):
         del self.devices[name]
         self._break(name)
         self.kill(name)
+
+    def come_back(self, name: NodeId) -> None:
+        """One that died does, as a later incarnation with the file of its group; its state is lost."""
+        self._lives[name] = self._lives.get(name, 1) + 1
+        device = Device(m.Member(name, self.order), [])
+        device.errand = self._lives[name] << 32  # what its former life was told to fetch is not done any more
+        self.devices[name] = device
+        self.restart(name, self._lives[name])
+        self.command(name, JoinGroup(RUN))
+        self._nudge(name)
 
     def leave(self, name: NodeId) -> None:
         self.command(name, LeaveGroup(RUN))

@@ -24,12 +24,18 @@ def play(seed: int) -> RunWorld:
     rng = world.rng
     for _ in range(rng.randint(1, 5)):
         world.run(rng.uniform(0.0, 0.8))
-        fault = rng.choice(["join", "leave", "die", "cut"])
+        fault = rng.choice(["join", "leave", "die", "restart", "cut"])
         veterans = world.veterans()
         others = [name for name in world.devices if name not in veterans]
         # Of two voters the second cannot go on without the first: it cannot tell a death from a cut.
         voters = max((core.committed for core in world.cores.values()), key=lambda record: record.epoch).voters
-        if fault == "join" or min(len(veterans), len(set(voters) & set(world.cores))) < 3:
+        if fault == "restart" and len(veterans) > 1:
+            # The others may have no quorum until it is back.
+            name = rng.choice(others + veterans)
+            world.die(name)
+            world.run(rng.uniform(0.0, 2.5))
+            world.come_back(name)
+        elif fault == "join" or min(len(veterans), len(set(voters) & set(world.cores))) < 3:
             world.start()
         elif fault == "die":
             world.die(rng.choice(others + veterans))

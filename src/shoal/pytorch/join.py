@@ -204,6 +204,7 @@ def join(
     address = listen or os.environ.get("SHOAL_LISTEN") or "127.0.0.1:0"
     if file is None:
         check_plain(address)
+    num_wanted = devices or int(os.environ.get("SHOAL_DEVICES") or 1)
     run = Run(
         name,
         trainee,
@@ -213,11 +214,11 @@ def join(
         peers=others,
         folder=Path(place) if place else None,
         checkpoint_every=checkpoint_every,
-        members_min=devices or int(os.environ.get("SHOAL_DEVICES") or 1),
+        members_min=num_wanted,
         trust=Trust.read(file) if file is not None else None,
     )
     progress = Progress(name, num_steps=num_steps, folder=run.folder)
-    progress.begin(run.num_restored)
+    progress.begin(run, num_wanted=num_wanted)
     run.on_step = progress.show
     return TrainingRun(
         run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress, trust=file

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
 
 from shoal.errors import CannotWrite
-from shoal.runs.run import StepDone
+from shoal.runs.run import Run, StepDone
 from shoal.units import format_seconds
 
 LINE_EVERY_S = 10.0
@@ -52,20 +53,29 @@ class Progress:
             sys.stderr.flush()
 
     def line(self, done: StepDone) -> str:
-        """Times are means of the last steps; the first one of this device waited for others, and tells nothing of them."""
+        """Times are medians of the last steps: one that waited for a quorum is no usual one.
+
+        The first one of this device waited for others, and tells nothing of them.
+        """
         devices = f"{done.num_members} device{'s' if done.num_members > 1 else ''}"
         line = f"{self._name}: step {done.step + 1}/{self._num_steps}, loss {done.loss:.4f}, {devices}"
         recent = self.done[1:][-_RECENT_STEPS:]
         if not recent:
             return line
-        step_s = sum(each.step_s for each in recent) / len(recent)
-        exchange_s = sum(each.exchange_s for each in recent) / len(recent)
+        step_s = statistics.median(each.step_s for each in recent)
+        exchange_s = statistics.median(each.exchange_s for each in recent)
         line += f", {format_seconds(step_s)} a step ({format_seconds(exchange_s)} of it to synchronise)"
         left = self._num_steps - done.step - 1
         return line + (f", {format_seconds(step_s * left)} left" if left else "")
 
-    def begin(self, num_done: int) -> None:
-        """Says where a run goes on that has `num_done` steps already."""
+    def begin(self, run: Run, *, num_wanted: int) -> None:
+        """Says where it can be joined, how many devices it waits for, and where it goes on if it has steps already."""
+        num_done = run.num_restored
+        if run.peers:
+            self._say(f"joins by {', '.join(run.peers)}")
+        elif num_done < self._num_steps:
+            when = f"begins when {num_wanted} devices are there; " if num_wanted > 1 else ""
+            self._say(f"{when}others join with --peer {run.address}")
         if num_done >= self._num_steps:
             self._say(f"all {self._num_steps} steps are done already: take another folder, or more steps")
         elif num_done:

@@ -207,7 +207,7 @@ class Run:
         self.on_loss: Callable[[], None] = lambda: None
         """Called, on any thread, when this member notices that another is lost or that an exchange broke."""
         self.warnings: list[str] = []
-        self._peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
+        self.peers, self._members_min, self._samples_per_s = peers, members_min, samples_per_s
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -233,16 +233,25 @@ class Run:
         self.loss: float | None = None
         self.snapshot_s = 0.0
         self._votes = Votes(folder, self.name) if folder is not None else None
+        self.num_restored = 0
+        """Steps in the checkpoint from which a founder goes on."""
+        try:
+            self._start(listen)
+        except BaseException:
+            if self._votes is not None:
+                self._votes.close()
+            raise
+
+    def _start(self, listen: str) -> None:
         former = self._former()
-        if former is not None and not self._peers:
-            self._peers = self._answering(former)
-            former = former if self._peers else None
+        if former is not None and not self.peers:
+            self.peers = self._answering(former)
+            former = former if self.peers else None
         self._reset(None)
         history = self._restored()
         self.num_restored = len(history)
-        """Steps in the checkpoint from which a founder goes on."""
-        self._is_founder = not self._peers
-        self._port = Port(listen, self._accept, trust=trust)
+        self._is_founder = not self.peers
+        self._port = Port(listen, self._accept, trust=self._trust)
         self.address = self._port.address
         self._begin(history if self._is_founder else None, former)
         self._nudger = threading.Thread(target=self._nudge, daemon=True)
@@ -285,13 +294,13 @@ class Run:
                 continue
             if core.ledger is not None or self._control.has_links():
                 heard_s = time.monotonic()
-            elif self._peers and all(peer in self._control.other_runs for peer in self._peers):
+            elif self.peers and all(peer in self._control.other_runs for peer in self.peers):
                 address, other = next(iter(self._control.other_runs.items()))
                 raise DeviceRefused(
                     f"the run at {address} is '{other}', and this one is '{self.name}': is it the same script?"
                 )
             elif time.monotonic() - heard_s > JOIN_S:
-                raise unreachable(self._peers)
+                raise unreachable(self.peers)
             with suppress(queue.Empty):
                 self._inbox.get(timeout=0.2)()
 
@@ -416,18 +425,22 @@ class Run:
         return life if life is not None and device_of(life.node) == (device or life.node) else None
 
     def _answering(self, former: Life) -> tuple[str, ...]:
-        """Addresses of those who were in the run when this member was last in it, and still are."""
+        """Addresses of those who were in the run when this member was last in it, and still are.
+
+        Whoever listens there and is in no record was started again as well, and waits for others itself.
+        """
         record = former.record
         others = [member for member in record.members if member.node != former.node] if record is not None else []
 
         def is_there(member: Member) -> bool:
             hello = Hello(self.name, "ask", former.node)
-            with suppress(ShoalError, OSError):
+            with suppress(ShoalError, OSError, msgspec.MsgspecError):
                 sock = dial(member.address, hello, trust=self._trust, node=member.node, timeout_s=ANSWER_S)
                 with sock:
                     sock.settimeout(ANSWER_S)
                     send_message(sock, b"status")
-                    return bool(receive_message(sock))
+                    said = msgspec.json.decode(receive_message(sock), type=dict[str, object])
+                    return said.get("node") == member.node and bool(said.get("members"))
             return False
 
         there = list(self._background.map(is_there, others))
@@ -464,7 +477,7 @@ class Run:
 
     def _restored(self) -> list[Entry]:
         """A founder's ledger, with its state in the trainee."""
-        found = checkpoints.newest(self.folder) if self.folder is not None and not self._peers else None
+        found = checkpoints.newest(self.folder) if self.folder is not None and not self.peers else None
         if found is None:
             return []
         saved, state = found
@@ -499,7 +512,7 @@ class Run:
                 on_outdated=self._on_outdated,
                 trust=self._trust,
             )
-            self._control.start(self.address, self._peers)
+            self._control.start(self.address, self.peers)
             if history is not None:
                 self._control.command(CreateGroup(self.name, address=self.address))
                 value = msgspec.msgpack.encode(self.settings)
