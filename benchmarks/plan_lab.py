@@ -11,8 +11,7 @@ halda_none, ...             scenarios in which they find no plan that keeps to m
 rounds_share                scenarios in which we choose more than one round; rounds_gain_p50 is measured seconds per token
                             with one round over ours there, rounds_gain_short_p50 where weights are streamed
 
-Our plans are made for a prompt of 512 and 128 tokens, and only tokens are timed: where everything fits, a published split
-may be faster by the token and slower by the prompt.
+Tokens are timed, so plans are made for prompts as short as the one that is asked (`--expect-prompt`).
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from shoal.units import MIB
 FLOOR_BYTES = 190e6
 """What an agent and a worker take beside weights, head-room included: a cap below would hold no model."""
 TOKENS = 9
+SHORT_PROMPT = ("--expect-prompt=4",)
 WAYS = ("planned", "halda", "proportional")
 _SHARES = {"short": (0.35, 0.75), "tight": (0.75, 1.3), "ample": (1.3, 3.0)}
 
@@ -102,13 +102,13 @@ def measure_seed(seed: int, *, ways: tuple[str, ...]) -> dict[str, Any]:
         with ring.standing(ring.names[1:], caps):
             ids: list[int] | None = None
             for way in ways:
-                row[way] = found = _answer(ring, [f"--placement={way}"], caps)
+                row[way] = found = _answer(ring, [f"--placement={way}", *SHORT_PROMPT], caps)
                 if "token_ids" in found:
                     ids = ids or found["token_ids"]
                     if found.pop("token_ids") != ids:
                         raise RuntimeError(f"seed {seed}: other tokens with {way}")
             if row["planned"].get("rounds", 1) > 1 and len(ways) > 1:
-                row["one_round"] = _answer(ring, ["--rounds=1"], caps)
+                row["one_round"] = _answer(ring, ["--rounds=1", *SHORT_PROMPT], caps)
                 row["one_round"].pop("token_ids", None)
     row["seconds"] = round(time.monotonic() - started_s)
     print("lab", json.dumps(row), file=sys.stderr)

@@ -45,6 +45,9 @@ AgentAddress = Annotated[str | None, typer.Option("--agent", help=f"The agent to
 Rounds = Annotated[
     int | None, typer.Option(min=1, max=255, help="How often a token goes round the devices; planned if not given.")
 ]
+PromptTokens = Annotated[
+    int, typer.Option("--expect-prompt", min=1, help="Tokens of a usual prompt: plans are for it and 128 tokens of answer.")
+]
 GpuLayers = Annotated[
     str | None,
     typer.Option(help="With --layers, how many of them a graphics processor computes: 4,0,0.", metavar="COUNTS"),
@@ -237,6 +240,7 @@ def run(
     system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")] = False,
     gpu_layers: GpuLayers = None,
+    expect_prompt: PromptTokens = 512,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -265,6 +269,7 @@ def run(
                 context=context,
                 layer_counts=verb.parse_counts(layers),
                 accelerator_layers=verb.parse_gpu_layers(gpu_layers, layers),
+                prompt_tokens=expect_prompt,
                 placement=verb.parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,
@@ -401,6 +406,7 @@ def serve(
         str | None, typer.Option(help="Layers per device by hand, this one's count first: 10,10,10.", metavar="COUNTS")
     ] = None,
     gpu_layers: GpuLayers = None,
+    expect_prompt: PromptTokens = 512,
     placement: PlacementText = "planned",
     rounds: Rounds = None,
     residency: ResidencyText = "auto",
@@ -444,6 +450,7 @@ def serve(
                 context=context,
                 layer_counts=parse_counts(layers),
                 accelerator_layers=parse_gpu_layers(gpu_layers, layers),
+                prompt_tokens=expect_prompt,
                 placement=parse_placement(placement),
                 num_threads=threads,
                 compute_device=device,

@@ -291,6 +291,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     layer_counts: list[int] | None = None
     accelerator_layers: list[int] | None = None
     """Of each device's layers, with `layer_counts`: how many its accelerator computes."""
+    prompt_tokens: int = 512
+    """How long prompts are expected to be: a plan is for one of them and an answer of 128 tokens."""
     placement: PlacementName = "planned"
     """Who holds which layers, where `layer_counts` does not say it: our planner, or a published way."""
     rounds: int | None = None

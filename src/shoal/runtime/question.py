@@ -93,7 +93,8 @@ class Question:
 
     def cost_s(self, plan: Plan, micro_batch: int) -> float:
         """What an earlier plan costs with these figures, in seconds of its objective."""
-        return cost_of(plan, self._cluster(), self._model(micro_batch))
+        prompt_tokens = self.options.prompt_tokens
+        return cost_of(plan, self._cluster(), self._model(micro_batch), prompt_tokens=prompt_tokens)
 
     def _cluster(self) -> Cluster:
         names = [each.device for each in self.candidates]
@@ -115,14 +116,21 @@ class Question:
         return model_of_report(self.candidates[0].report, context=self.options.context, micro_batch=micro_batch)
 
     def _plan(self, cluster: Cluster, micro_batch: int) -> Plan:
-        options, model = self.options, self._model(micro_batch)
+        options, model, prompt_tokens = self.options, self._model(micro_batch), self.options.prompt_tokens
         if options.layer_counts is not None:
             on_accelerator = options.accelerator_layers
-            return plan_by_hand(options.layer_counts, cluster, model, rounds=options.rounds, on_accelerator=on_accelerator)
+            return plan_by_hand(
+                options.layer_counts,
+                cluster,
+                model,
+                rounds=options.rounds,
+                on_accelerator=on_accelerator,
+                prompt_tokens=prompt_tokens,
+            )
         if options.placement != "planned":
             if options.rounds is not None:
                 raise ValueError(f"--rounds {options.rounds}: --placement {options.placement} chooses its rounds itself")
-            return plan_baseline(options.placement, cluster, model)
+            return plan_baseline(options.placement, cluster, model, prompt_tokens=prompt_tokens)
         if options.rounds is not None:
-            return plan_of_rounds([options.rounds], cluster, model)
-        return make_plan(cluster, model)
+            return plan_of_rounds([options.rounds], cluster, model, prompt_tokens=prompt_tokens)
+        return make_plan(cluster, model, prompt_tokens=prompt_tokens)
