@@ -215,11 +215,12 @@ class Worker:
         measured = found
         if measured is None or (start.head and not measured.is_complete):
             measured = self._measured_anew(start, is_thorough=is_thorough)
-        if not measured.read_bytes_per_s and self._may_stream(start.memory_bytes):
-            measured = msgspec.structs.replace(measured, read_bytes_per_s=measure_read_rate(path), read_mode=read_mode(path))
         if is_thorough and measured is not found:
             kept.keep(key, measured)
-        return measured
+        if not self._may_stream(start.memory_bytes):
+            return measured
+        # Never kept: other programs share the disk, and reading for a moment says what it gives now.
+        return msgspec.structs.replace(measured, read_bytes_per_s=measure_read_rate(path), read_mode=read_mode(path))
 
     def _measured_anew(self, start: StartWorker, *, is_thorough: bool) -> Measured:
         profile = ComputeProfile(
