@@ -15,7 +15,6 @@ MEASURED = Measured(
     batch_layer_s=8e-3,
     output_s=2e-3,
     is_complete=True,
-    runtime_bytes=10**8,
     num_threads=2,
     num_threads_prefill=4,
     spreads={"layer_s": 0.1},

@@ -24,15 +24,13 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a layer for one token and for a batch, and of the output projection for one token (0: it would have taken
     too much memory), with the numbers of threads that were fastest; bytes per second of the disk (0: not measured).
 
-    `is_complete` is whether the output projection was asked for, `runtime_bytes` what the worker took by then, and
-    `measured_s` when it was, in seconds since 1970.
+    `is_complete` is whether the output projection was asked for, and `measured_s` when it was, in seconds since 1970.
     """
 
     layer_s: float
     batch_layer_s: float
     output_s: float
     is_complete: bool
-    runtime_bytes: int
     num_threads: int
     num_threads_prefill: int
     spreads: dict[str, float]

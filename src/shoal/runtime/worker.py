@@ -169,14 +169,13 @@ class Worker:
         self._threads = ThreadCounts(measured.num_threads, measured.num_threads_prefill)
         self._layer_s = measured.layer_s
         self._read_bytes_per_s = measured.read_bytes_per_s
-        self._runtime_bytes = max(own_bytes(), measured.runtime_bytes)
         shape = self._model.shape
         self._pipe.send(
             WorkerReport(
                 layer_s=measured.layer_s,
                 num_threads=measured.num_threads,
                 num_threads_prefill=measured.num_threads_prefill,
-                runtime_bytes=self._runtime_bytes,
+                runtime_bytes=own_bytes(),
                 layer_bytes=self._model.layer_bytes,
                 output_bytes=self._model.output_bytes,
                 cache_bytes_per_token_and_layer=shape.kv_bytes_per_token_and_layer,
@@ -237,7 +236,6 @@ class Worker:
             batch_layer_s=profile.batch_layer.seconds,
             output_s=profile.output.seconds if profile.output else 0.0,
             is_complete=start.head,
-            runtime_bytes=own_bytes(),
             num_threads=profile.num_threads,
             num_threads_prefill=profile.num_threads_prefill,
             spreads=profile.spreads,
@@ -394,7 +392,7 @@ class Worker:
         empty.close()
         frame_bytes = 4 * self._model.shape.hidden_size * assigned.micro_batch
         num_frames = assigned.num_stages + 2 if assigned.num_stages > 1 else 1
-        return max(own_bytes(), self._runtime_bytes) + stage_bytes + num_frames * frame_bytes + HEAD_ROOM_BYTES
+        return own_bytes() + stage_bytes + num_frames * frame_bytes + HEAD_ROOM_BYTES
 
     def _keep_within_memory(self, assigned: AssignLayers) -> None:
         """Streams what the owner's programs took of the memory, and takes it back when they are done."""
