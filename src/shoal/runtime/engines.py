@@ -136,7 +136,6 @@ class Engines:
         self._layer_s: dict[tuple[ModelHash, DeviceId], tuple[float, float]] = {}
         """What a layer was seen to take, and when."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self.num_moves = 0
 
     def start(self) -> None:
         """Begins to look who comes."""
@@ -359,7 +358,6 @@ class Engines:
             await engine.close_when_idle()
             del self._standing[key]
             await self._make(key, order, _say_nothing)
-            self.num_moves += 1
 
     def _remember(self, model: ModelHash, question: Question, slower_by: Mapping[DeviceId, float]) -> None:
         for candidate in question.candidates:
