@@ -104,15 +104,16 @@ def rate_mbit_s(agents: Agents, source: str, target: str, *, seconds: float) -> 
 # ---- times
 
 
-def test_round_trips_on_an_idle_link_are_steady(lab: MakeLab) -> None:
+@pytest.mark.parametrize("percent", [90, pytest.param(99, marks=pytest.mark.full)])  # The last hundredth is the host's too.
+def test_round_trips_on_an_idle_link_are_steady(lab: MakeLab, percent: int) -> None:
     agents = traffic(lab(pair(rate_mbit_s=90, delay_ms=5)))
 
     def attempt() -> None:
         times = round_trips_ms(agents, "left", "right", count=200, pause_s=0.002)
-        p50, p99 = statistics.median(times), times[len(times) * 99 // 100]
+        p50, tail = statistics.median(times), times[len(times) * percent // 100]
         assert 10.0 <= p50 <= 11.0, f"p50 {p50:.3f} ms"
         assert times[0] >= 10.0, f"{times[0]:.3f} ms is less than the link's delay"
-        assert p99 - p50 <= 1.0, f"p50 {p50:.3f} ms, p99 {p99:.3f} ms"
+        assert tail - p50 <= 1.0, f"p50 {p50:.3f} ms, p{percent} {tail:.3f} ms"
 
     on_a_steady_host(attempt)
 
