@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import statistics
 import threading
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,8 @@ from shoal.placement.byte_ring import ByteRing
 BLOCK_BYTES = 4096
 """What direct reads are aligned to: no disk or file system in use wants more."""
 REQUEST_BYTES = 4 * 1024 * 1024
+_REQUESTS_MIN = 4
+"""Of which a disk's rate is told."""
 REQUESTS_IN_FLIGHT = 2
 RUN_BYTES = 4 * 1024 * 1024
 """Small enough that a ring of some of them is a few per cent of a small device, large enough for a disk's full rate."""
@@ -163,20 +167,28 @@ class _Piece:
         return self.next_offset >= self.stop_offset and not self.num_pending
 
 
-def measure_read_rate(path: Path, *, seconds: float = 0.15) -> float:
-    """Bytes per second of reads past the page cache, evenly over the file. Takes `seconds` and one request more."""
+def measure_read_rate(path: Path, *, seconds: float = 0.75, warm_up_s: float = 0.1) -> float:
+    """Bytes per second of reads past the page cache, evenly over the file. Takes `seconds`, and at least four requests.
+
+    Shared disks serve in lumps: what a quiet reader has saved up comes at once, and then a whole slice of time's worth after
+    each slice. So what comes at first does not count, and a line through all that has arrived since gives the rate; bytes by
+    seconds are off by up to a lump at either end.
+    """
     file = UncachedFile(path)
     try:
         request_bytes = min(REQUEST_BYTES, max(BLOCK_BYTES, file.num_bytes // BLOCK_BYTES * BLOCK_BYTES))
         num_places = max(1, file.num_bytes // request_bytes)
-        done = place = 0
+        elapsed_s, done = [0.0], [0]
+        place = 0
         with mmap.mmap(-1, request_bytes) as memory, memoryview(memory) as target:
             started_s = time.perf_counter()
-            while (elapsed_s := time.perf_counter() - started_s) < seconds or not done:
+            while elapsed_s[-1] < seconds or len(done) <= _REQUESTS_MIN:
                 # Far apart, so that a file in several pieces shows their mean.
                 place = (place + max(1, num_places * 5 // 13)) % num_places
-                done += file.read_into(target, place * request_bytes)
-        return done / elapsed_s
+                done.append(done[-1] + file.read_into(target, place * request_bytes))
+                elapsed_s.append(time.perf_counter() - started_s)
+        first = min(bisect(elapsed_s, warm_up_s), len(done) - _REQUESTS_MIN)
+        return statistics.linear_regression(elapsed_s[first:], done[first:]).slope
     finally:
         file.close()
 
