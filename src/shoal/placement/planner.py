@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -49,6 +49,8 @@ _WORTH = 0.001
 """A move must save as much of the cost."""
 _RING_SCALES = (0.9, 0.75, 0.5)
 """One after the other, where the program's rings do not fit by true sizes."""
+_PER_ROUND_MAX = 3
+"""Layers per device and round, in the mean, of even rounds that are tried; with more, one more hardly matters."""
 _RING_STEPS = (2.0, 0.5, 1.4, 0.7)
 
 
@@ -154,10 +156,11 @@ def _plan(
     solution = solve(cluster, model, objective=weights, rounds=rounds, prompt_tokens=prompt_tokens)
     mover = _Mover(cluster, model, weights, prompt_tokens, rounds=rounds)
     drafts = [mover.draft(each) for each in _candidates(solution)]
+    even = mover.best_as_it_stands(mover.even_rounds(drafts[0]))
     for split_layers in BASELINES.values():
         with contextlib.suppress(InfeasiblePlacement):
             drafts.append(mover.draft_of_split(split_layers(cluster, model)))
-    best = mover.best_of([draft for draft in drafts if rounds is None or draft.num_rounds in rounds])
+    best = mover.best_of([draft for draft in drafts if rounds is None or draft.num_rounds in rounds], even)
     if best is None:
         raise InfeasiblePlacement(f"by true layer sizes nothing fits: {explain_shortage(cluster, model)}")
     plan = mover.describe(best, objective)
@@ -302,12 +305,18 @@ class _Mover:
         self._objective = objective
         self._prompt_tokens = prompt_tokens
 
-    def best_of(self, drafts: Sequence[_Draft]) -> _Lived | None:
-        """Moves the starts that are best as they stand; those of which none is known to fit may be mended by moves."""
+    def best_as_it_stands(self, drafts: Iterable[_Draft]) -> _Draft | None:
+        lived = [each for draft in drafts if (each := self._try(draft)) is not None]
+        return min(lived, key=lambda each: each.cost_s).draft if lived else None
+
+    def best_of(self, drafts: Sequence[_Draft], also: _Draft | None) -> _Lived | None:
+        """Moves the starts that are best as they stand, and `also`; those of which none is known to fit may be mended by
+        moves."""
         starts = [(lived.cost_s if (lived := self._try(draft)) else math.inf, draft) for draft in drafts]
         starts.sort(key=lambda start: start[0])
         mended = [draft for cost_s, draft in starts if cost_s == math.inf]
-        moved = [lived for _, draft in starts[:_MOVED] if (lived := self.move(draft)) is not None]
+        chosen = [draft for _, draft in starts[:_MOVED]] + ([also] if also is not None else [])
+        moved = [lived for draft in chosen if (lived := self.move(draft)) is not None]
         moved += [lived for draft in mended[:_MOVED] if (lived := self.move(draft)) is not None]
         return min(moved, key=lambda lived: lived.cost_s, default=None)
 
@@ -453,6 +462,33 @@ class _Mover:
                 parts.append(_Part(device, split.totals[device], on_accelerator, self._model.ring_bytes_min))
         return _Draft(split.num_rounds if len(parts) > 1 else 1, tuple(parts))
 
+    def even_rounds(self, draft: _Draft) -> Iterator[_Draft]:
+        """Drafts with about the same shares where each device has as many layers in every round: its disk never has to be
+        ahead of a larger window, so rings are smaller than with the same layers in uneven rounds. The program, which counts
+        in mean windows, does not see this."""
+        parts, num_layers = draft.parts, self._model.num_layers
+        if len(parts) < 2:
+            return
+        for per_round in range(len(parts), min(num_layers, _PER_ROUND_MAX * len(parts)) + 1):
+            k = num_layers // per_round
+            if self._rounds is not None and k not in self._rounds:
+                continue
+            widths = _apportion(per_round, [part.num_layers for part in parts])
+            widest = max(range(len(parts)), key=lambda index: widths[index])
+            counts = [k * width + (num_layers - k * per_round) * (index == widest) for index, width in enumerate(widths)]
+            yield _Draft(
+                k,
+                tuple(
+                    _Part(
+                        part.device,
+                        count,
+                        min(part.num_accelerator_layers, self._accelerated(part.device, count)),
+                        max(self._model.ring_bytes_min, part.ring_bytes * draft.num_rounds // k),
+                    )
+                    for part, count in zip(parts, counts, strict=True)
+                ),
+            )
+
     def alone_s(self) -> float | None:
         """A token's time on the head alone."""
         num_layers = self._model.num_layers
@@ -536,6 +572,15 @@ def _strain_s(life: StageLife, token_s: float) -> float:
 def _replace(draft: _Draft, index: int, **changes: int) -> _Draft:
     part = msgspec.structs.replace(draft.parts[index], **changes)
     return msgspec.structs.replace(draft, parts=(*draft.parts[:index], part, *draft.parts[index + 1 :]))
+
+
+def _apportion(count: int, shares: Sequence[int]) -> list[int]:
+    """`count` >= len(shares) things in proportion to the shares, at least one for each."""
+    dealt = [1] * len(shares)
+    for _ in range(count - len(shares)):
+        index = max(range(len(shares)), key=lambda index: shares[index] / (dealt[index] + 0.5))
+        dealt[index] += 1
+    return dealt
 
 
 def deal_windows(num_layers: Sequence[int], num_rounds: int) -> list[list[LayerRange]]:
