@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_ring import Ring, _made, weights_bytes
+from benchmarks.memory_ring import SHORT_PROMPT, Ring, _made, weights_bytes
 from shoal.lab.cluster import Lab
 from shoal.lab.scenario import DeviceSpec, FileSpec, LinkSpec, Scenario, Workload, check
 from shoal.units import MIB
@@ -32,7 +32,6 @@ from shoal.units import MIB
 FLOOR_BYTES = 190e6
 """What an agent and a worker take beside weights, head-room included: a cap below would hold no model."""
 TOKENS = 9
-SHORT_PROMPT = ("--expect-prompt=4",)
 WAYS = ("planned", "halda", "proportional")
 _SHARES = {"short": (0.35, 0.75), "tight": (0.75, 1.3), "ample": (1.3, 3.0)}
 
@@ -102,13 +101,13 @@ def measure_seed(seed: int, *, ways: tuple[str, ...]) -> dict[str, Any]:
         with ring.standing(ring.names[1:], caps):
             ids: list[int] | None = None
             for way in ways:
-                row[way] = found = _answer(ring, [f"--placement={way}", *SHORT_PROMPT], caps)
+                row[way] = found = _answer(ring, [f"--placement={way}", SHORT_PROMPT], caps)
                 if "token_ids" in found:
                     ids = ids or found["token_ids"]
                     if found.pop("token_ids") != ids:
                         raise RuntimeError(f"seed {seed}: other tokens with {way}")
             if row["planned"].get("rounds", 1) > 1 and len(ways) > 1:
-                row["one_round"] = _answer(ring, ["--rounds=1", *SHORT_PROMPT], caps)
+                row["one_round"] = _answer(ring, ["--rounds=1", SHORT_PROMPT], caps)
                 row["one_round"].pop("token_ids", None)
     row["seconds"] = round(time.monotonic() - started_s)
     print("lab", json.dumps(row), file=sys.stderr)

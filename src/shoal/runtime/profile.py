@@ -36,7 +36,7 @@ _COLD_BYTES = 96 * MIB
 """Passed through in a circle, caches of up to as much keep nothing of it."""
 _REPETITIONS_MIN = 3
 _BUDGET_PER_COUNT_S = 0.05
-_STABLE_BUDGET_PER_COUNT_S = 0.5
+_STABLE_BUDGET_PER_COUNT_S = 1.0
 _STABLE_WITHIN = 0.05
 
 
@@ -201,7 +201,7 @@ def measure(
     """Times `run` per thread count. The candidates take turns, so that a passing load hits them alike.
 
     Args:
-        until_stable: go on, for half a second per candidate at most, until the middle half of the fastest's times lies
+        until_stable: go on, for a second per candidate at most, until the middle half of the fastest's times lies
             within 5 %.
     """
     samples: dict[int, list[float]] = {count: [] for count in candidates}
