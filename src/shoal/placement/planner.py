@@ -47,6 +47,9 @@ _UNITS_COUNTED = 24
 """Of a ring, while moving; what is chosen is predicted finely."""
 _WORTH = 0.001
 """A move must save as much of the cost."""
+_STREAMING_WORTH = 0.05
+"""Streaming must save as much where there is a plan without: reads take processor time and memory bandwidth from what is
+computed beside them, a tenth of its speed at 250 MB/s on two slow cores, and no profile says how much."""
 _RING_SCALES = (0.9, 0.75, 0.5)
 """One after the other, where the program's rings do not fit by true sizes."""
 _PER_ROUND_MAX = 3
@@ -318,7 +321,12 @@ class _Mover:
         chosen = [draft for _, draft in starts[:_MOVED]] + ([also] if also is not None else [])
         moved = [lived for draft in chosen if (lived := self.move(draft)) is not None]
         moved += [lived for draft in mended[:_MOVED] if (lived := self.move(draft)) is not None]
-        return min(moved, key=lambda lived: lived.cost_s, default=None)
+        best = min(moved, key=lambda lived: lived.cost_s, default=None)
+        kept = [lived for lived in moved if not any(stage.streamed_bytes for stage in lived.life.stages)]
+        stays = min(kept, key=lambda lived: lived.cost_s, default=None)
+        if best is not None and stays is not None and stays.cost_s <= best.cost_s * (1 + _STREAMING_WORTH):
+            return stays
+        return best
 
     def best_rounds(self, draft: _Draft, choices: Sequence[int]) -> _Lived | None:
         """The draft's layers in the best of these numbers of rounds, with rings that suit it; fewer unless more are worth
