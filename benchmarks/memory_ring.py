@@ -95,6 +95,11 @@ class Ring:
         with self.standing(self.names, memory_bytes):
             return self.ask(options, tokens=tokens)
 
+    def forget_profiles(self) -> None:
+        """Lets devices measure themselves anew for the next answer."""
+        for name in self.names:
+            (self._lab.device_folder(name) / "home" / ".cache" / "shoal" / "profiles.json").unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def standing(self, names: Sequence[str], memory_bytes: Sequence[int] | None = None) -> Iterator[None]:
         """Fresh agents on some devices, with nothing of the file in memory.
