@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 
 import pytest
 
-from shoal.transport.delivery import Delivery, DeliveryWatch, TcpInfo, delivered, tcp_info
+from shoal.transport.delivery import LOOK_EVERY_S, BulkWatch, Delivery, DeliveryWatch, TcpInfo, delivered, tcp_info
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO is Linux's")
 _SO_MAX_PACING_RATE = 47
@@ -133,3 +133,25 @@ def test_on_other_systems_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> N
         watch = DeliveryWatch(sock, now_s=0.0)
         sock.sendall(bytes(1000))
         assert watch.look(1.0) is None
+
+
+@linux_only
+def test_a_burst_is_followed_until_it_has_arrived() -> None:
+    told: list[Delivery] = []
+    with loopback() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, RATE_BYTES_PER_S)
+        watch = BulkWatch(sock, told.append, now_s=time.monotonic())
+        assert watch.wait_s(time.monotonic()) is None, "nothing to look at"
+        sock.sendall(bytes(1000))
+        watch.sends(time.monotonic())
+        num_bytes = 3 * RATE_BYTES_PER_S // 4
+        sock.sendall(bytes(num_bytes))
+        while (wait_s := watch.wait_s(time.monotonic())) is not None:
+            assert wait_s <= LOOK_EVERY_S
+            time.sleep(wait_s)
+            watch.look(time.monotonic())
+    assert sum(delivery.num_bytes for delivery in told) == pytest.approx(num_bytes, rel=0.01), "the rest went before"
+    full = [delivery for delivery in told if delivery.is_full]
+    assert full
+    for delivery in full:
+        assert delivery.num_bytes / delivery.seconds == pytest.approx(RATE_BYTES_PER_S, rel=0.2)

@@ -16,11 +16,14 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 HELD_BACK_SHARE_MAX = 0.2
 BUSY_SHARE_MIN = 0.9
 """Of the time between two looks. Between short bursts there are round trips in which nothing is left to send."""
+LOOK_EVERY_S = 0.25
+"""How often a socket is looked at while much is sent over it: a link's estimate wants its pieces so long."""
 _US = 1e-6
 _INFO_BYTES = 192
 """Up to `tcpi_sndbuf_limited`: Linux 4.10."""
@@ -108,3 +111,39 @@ class DeliveryWatch:
             return None
         self._info, self._at_s = tcp_info(self._socket), now_s
         return None if self._info is None else delivered(before, self._info, elapsed_s=now_s - since_s)
+
+
+class BulkWatch:
+    """Looks at a socket while much is sent over it, and until that has arrived. Used by the thread that sends.
+
+    Args:
+        tell: told what went, every `LOOK_EVERY_S`; nothing of what goes in between two bursts.
+    """
+
+    def __init__(self, sock: socket.socket, tell: Callable[[Delivery], None], *, now_s: float) -> None:
+        self._watch = DeliveryWatch(sock, now_s=now_s)
+        self._tell = tell
+        self._look_at_s: float | None = None
+        self._has_sent = False
+
+    def sends(self, now_s: float) -> None:
+        """Much is about to be sent."""
+        if self._look_at_s is None:
+            self._watch.look(now_s)
+            self._look_at_s = now_s + LOOK_EVERY_S
+        self._has_sent = True
+
+    def wait_s(self, now_s: float) -> float | None:
+        """How long to wait for more before the next look; None: for ever."""
+        return None if self._look_at_s is None else max(0.0, self._look_at_s - now_s)
+
+    def look(self, now_s: float) -> None:
+        """Looks, if it is time."""
+        if self._look_at_s is None or now_s < self._look_at_s:
+            return
+        delivery = self._watch.look(now_s)
+        is_over = delivery is None or not (self._has_sent or delivery.is_full)
+        self._look_at_s = None if is_over else now_s + LOOK_EVERY_S
+        self._has_sent = False
+        if delivery is not None:
+            self._tell(delivery)
