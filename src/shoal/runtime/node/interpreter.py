@@ -59,7 +59,7 @@ from shoal.membership.presence import Outranked, SayGoodbye
 from shoal.membership.roster import MemberAdded, MemberRemoved, SetAddresses
 from shoal.membership.timing import Timing
 from shoal.network.awareness import Awareness
-from shoal.network.facts import GraphChanged, ResourcesObserved, RoundTripObserved
+from shoal.network.facts import DeliveryObserved, GraphChanged, ResourcesObserved, RoundTripObserved
 from shoal.node import wire
 from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
@@ -228,6 +228,11 @@ class Interpreter:
     def command(self, command: Command) -> None:
         """The owner wants something of the cores."""
         self.step(Commanded(command))
+
+    def learn(self, fact: DeliveryObserved) -> None:
+        """Tells the cores what the work of this device showed of a link."""
+        if fact.peer in self.core.trusted:
+            self.step(Learned(fact))
 
     def step(self, event: Event) -> None:
         """Hands the cores an event, and carries out what they want.

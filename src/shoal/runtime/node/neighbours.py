@@ -15,7 +15,9 @@ from typing import NamedTuple, TypeVar
 from shoal.effects import Fact
 from shoal.ids import NodeId
 from shoal.membership.roster import MemberRemoved
+from shoal.network.facts import DeliveryObserved
 from shoal.runtime.channel import Channel, connect_member
+from shoal.runtime.messages import Delivered
 from shoal.runtime.node.interpreter import Interpreter
 from shoal.runtime.node.links import DEFAULT_PORT
 from shoal.transport.secure import TrustStore
@@ -72,6 +74,18 @@ class Neighbours:
         """To its agent. Raises DeviceUnreachable or DeviceRefused."""
         trust = await self._ask(lambda: self._node.links.trust)
         return await connect_member(neighbour.node, neighbour.addresses, trust, default_port=DEFAULT_PORT)
+
+    @property
+    def me(self) -> NodeId:
+        """This device."""
+        return self._node.me
+
+    def learn_delivery(self, delivered: Delivered) -> None:
+        """Has the cores told. Returns at once."""
+        fact = DeliveryObserved(
+            delivered.peer, delivered.num_bytes, delivered.seconds, delivered.is_full, delivered.round_trip_min_s
+        )
+        self._node.post(lambda: self._node.learn(fact))
 
     def _look(self) -> list[Neighbour]:
         core, links = self._node.core, self._node.links

@@ -478,6 +478,8 @@ class OwnerDesk:
             "num_events": node.num_events,
             **{f"probes_{name}": getattr(node.probes.counters, name) for name in node.probes.counters.__struct_fields__},
         }
+        if awareness is not None:
+            counters |= {f"network_{name}": count for name, count in msgspec.structs.asdict(awareness.statistics).items()}
         groups = {
             str(name): f"epoch {group.committed.epoch}, {len(group.committed.members)} members, led by "
             f"{_short_name(roster.members, group.leader)}; {group.role} and {group.standing} here"
