@@ -288,7 +288,10 @@ class Engines:
             return
         await report(Progress(f"calling {', '.join(neighbour.name for neighbour in neighbours)}"))
         leases = await asyncio.gather(
-            *(_lease_from(cluster.connect(neighbour), order.model, order.path) for neighbour in neighbours),
+            *(
+                _lease_from(cluster.connect(neighbour), order.model, order.path, known_bytes_per_s=neighbour.bytes_per_s)
+                for neighbour in neighbours
+            ),
             return_exceptions=True,
         )
         failure: BaseException | None = None
@@ -416,8 +419,10 @@ class _OwnMember(OwnMember):
         return await super().ask(message, kind, timeout_s=timeout_s)
 
 
-async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
-    """Connects to a peer and makes sure that it has the model.
+async def _lease_from(
+    connecting: Awaitable[Channel], model: ModelFile, path: Path, *, known_bytes_per_s: float | None = None
+) -> tuple[LeasedMember, int]:
+    """Connects to a peer and makes sure that it has the model. What the link there carries is measured unless it is known.
 
     Raises:
         DeviceUnreachable: no answer.
@@ -436,7 +441,7 @@ async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Pa
                 f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
-        distance = await channel.distance()
+        distance = await channel.distance(known_bytes_per_s=known_bytes_per_s)
     except BaseException:
         await channel.close()
         raise

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from itertools import accumulate
 from math import inf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -45,8 +45,6 @@ from shoal.membership.roster import (
     UseInvitation,
     invitation_of,
 )
-from shoal.network.awareness import Awareness
-from shoal.network.facts import GraphChanged
 from shoal.network.graph import Figure, LinkGraph
 from shoal.runtime import errors_by_name
 from shoal.runtime.channel import split_address
@@ -236,7 +234,6 @@ class OwnerDesk:
     def __init__(self, interpreter: Interpreter) -> None:
         self._node = interpreter
         self._joining: _Joining | None = None
-        self._graph: LinkGraph | None = None
         self._changed_s: dict[NodeId, float] = {}
         self._decide_s = 0.0
         self._decided: Counter[float] = Counter()
@@ -260,9 +257,7 @@ class OwnerDesk:
 
     def learn(self, fact: Fact) -> None:
         """Goes on with what waits for it."""
-        if isinstance(fact, GraphChanged):
-            self._graph = fact.graph
-        elif isinstance(fact, MemberHere | MemberGone):
+        if isinstance(fact, MemberHere | MemberGone):
             self._changed_s[fact.node] = clock.now_s()
         elif isinstance(fact, Decided):
             self._decide_s += fact.decide_s
@@ -471,15 +466,13 @@ class OwnerDesk:
         """Everything this device knows, now."""
         node, core = self._node, self._node.core
         roster = core.roster.roster
-        awareness = _awareness_of(core)
-        graph = awareness.graph(clock.now_s()) if awareness is not None else self._graph
+        graph = node.graph()
         counters = {
             **{name: getattr(node.links.counters, name) for name in node.links.counters.__struct_fields__},
             "num_events": node.num_events,
+            **{f"network_{name}": count for name, count in msgspec.structs.asdict(node.awareness.statistics).items()},
             **{f"probes_{name}": getattr(node.probes.counters, name) for name in node.probes.counters.__struct_fields__},
         }
-        if awareness is not None:
-            counters |= {f"network_{name}": count for name, count in msgspec.structs.asdict(awareness.statistics).items()}
         groups = {
             str(name): f"epoch {group.committed.epoch}, {len(group.committed.members)} members, led by "
             f"{_short_name(roster.members, group.leader)}; {group.role} and {group.standing} here"
@@ -508,9 +501,9 @@ class OwnerDesk:
         counts = accumulate(self._decided[bound_s] for bound_s in DECIDE_S)
         return Decisions(self._decided.total(), self._decide_s, dict(zip(DECIDE_S, counts, strict=True)))
 
-    def _member(self, device: Device, graph: LinkGraph | None) -> MemberStatus:
+    def _member(self, device: Device, graph: LinkGraph) -> MemberStatus:
         node, core, now_s = self._node, self._node.core, clock.now_s()
-        figures = next((each for each in graph.devices if each.device == device.node), None) if graph else None
+        figures = graph.device(device.node)
         resources = figures.resources if figures is not None else None
         is_me = device.node == node.me
         changed_s = self._changed_s.get(device.node)
@@ -538,9 +531,7 @@ class OwnerDesk:
             return "here, link cut"
         return watched.state.value
 
-    def _links(self, graph: LinkGraph | None) -> list[LinkStatus]:
-        if graph is None:
-            return []
+    def _links(self, graph: LinkGraph) -> list[LinkStatus]:
         now_s, me = clock.now_s(), self._node.me
         members = self._node.core.roster.roster.members
         found = []
@@ -564,10 +555,6 @@ class OwnerDesk:
 
 
 _NO_SAY = "this device was removed from its cluster, so it has no say there: join one by an invitation"
-
-
-def _awareness_of(core: Any) -> Awareness | None:
-    return next((each for each in core.capabilities if isinstance(each, Awareness)), None)
 
 
 def _short_name(members: dict[NodeId, Device], node: NodeId | None) -> str:
