@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from shoal.errors import RequestError
+from shoal.ids import NodeId
 from shoal.network.facts import DeliveryObserved
 from shoal.network.graph import Link
 from shoal.network.probing import ProbingPolicy
+from shoal.runtime.node.link_news import LinkNews
 from shoal.runtime.node.neighbours import Neighbour, Neighbours
-from shoal.runtime.node.owner import AskCluster, ClusterStatus, LinkStatus, OwnerLink
+from shoal.runtime.node.owner import AskCluster, ClusterStatus, Done, LinkStatus, OwnerLink, TellReceived
 from shoal.runtime.node.probes import INCOMING_MAX
 from shoal.transport.control import AS_PROBE, PREFACE_MAGIC
 from tests.runtime.node.test_strangers import pair
@@ -83,6 +86,41 @@ def test_what_work_shows_of_a_link_is_in_the_status_of_both_ends(tmp_path: Path)
                 return link.load_bytes_per_s is not None and link.load_bytes_per_s.value > rate / 10
 
             wait_until(is_told)
+
+
+def test_what_comes_to_a_training_run_measures_the_link(tmp_path: Path) -> None:
+    with pair(tmp_path) as (desk, lap):
+        into_desk = Link(lap.me, desk.me)
+
+        def load() -> float:
+            figures = desk.graph().link(into_desk)
+            return figures.load.mean if figures is not None and figures.load is not None else 0.0
+
+        news = LinkNews(tmp_path / "desk", desk.me, tell_every_s=0.05)
+        try:
+            for peer in (NodeId(f"{lap.me}-1234"), NodeId(f"{desk.me}-5678")):
+                news.observe(peer, 10**10, 1.0, is_full=True)
+            wait_until(lambda: load() > 1e9)
+            before = desk.num_events
+            news.observe(NodeId("stranger-1"), 10**6, 0.1, is_full=True)
+            news.observe(NodeId(f"{lap.me}-1234"), 10**11, 1.0, is_full=False)
+            wait_until(lambda: load() > 1e10)
+            assert desk.num_events > before
+        finally:
+            news.close()
+
+
+@pytest.mark.parametrize("news", [TellReceived(NodeId("a"), -1, 1.0, True), TellReceived(NodeId("a"), 1, 0.0, True)])
+def test_what_nobody_can_have_received_is_refused(tmp_path: Path, news: TellReceived) -> None:
+    with pair(tmp_path), OwnerLink(tmp_path / "desk") as owner, pytest.raises(RequestError, match="no transfer"):
+        owner.ask(news, Done)
+
+
+def test_where_no_agent_runs_nobody_is_told(tmp_path: Path) -> None:
+    news = LinkNews(tmp_path, NodeId("me"), tell_every_s=0.01)
+    news.observe(NodeId("other-1"), 10**6, 0.1, is_full=True)
+    time.sleep(0.05)
+    news.close()
 
 
 def test_connections_that_only_say_they_measure_are_few(tmp_path: Path) -> None:

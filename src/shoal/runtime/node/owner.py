@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
-from shoal.effects import Fact
+from shoal.effects import Fact, Observed
 from shoal.errors import (
     DeviceRefused,
     DeviceUnreachable,
@@ -112,7 +112,17 @@ class Pause(Request, frozen=True):
     is_paused: bool
 
 
-AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster | Pause
+class TellReceived(Request, frozen=True):
+    """A program of the owner's, such as a training run, received `num_bytes` from `source` in `seconds`; `is_full`: the link
+    was the limit. Answered by `Done`."""
+
+    source: NodeId
+    num_bytes: int
+    seconds: float
+    is_full: bool
+
+
+AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster | Pause | TellReceived
 
 
 class Invitation(Answer, frozen=True):
@@ -301,12 +311,21 @@ class OwnerDesk:
                 return self._pause(request.is_paused)
             case LeaveCluster():
                 return self._leave()
+            case TellReceived():
+                return self._learn_received(request)
 
     def _pause(self, is_paused: bool) -> Done:
         self._node.state.is_paused = is_paused
         if is_paused:
             return Done("paused: what runs goes on, others get nothing new; `shoal resume` ends it")
         return Done("resumed: others may use this device again")
+
+    def _learn_received(self, news: TellReceived) -> Done:
+        if news.num_bytes < 0 or not 0.0 < news.seconds < inf:
+            raise ValueError(f"{news.num_bytes} bytes in {news.seconds} s is no transfer")
+        if news.source in self._node.core.trusted:
+            self._node.step(Observed(news.source, self._node.me, news.num_bytes, news.seconds, saturated=news.is_full))
+        return Done("")
 
     def _say(self, link: ControlLink | None, answer: AnyAnswer) -> None:
         if link is not None:
