@@ -317,6 +317,14 @@ def test_a_link_is_known_by_the_work_of_its_source() -> None:
     assert device.link(INTO).rate == link.rate, "work that did not fill it makes it neither slower nor younger"
 
 
+def test_little_work_is_not_what_is_usual() -> None:
+    device = Device(A)
+    carry_work(device, 3e5, is_full=False)
+    carry_work(device, 10e6)
+    carry_work(device, 2e6, num_pieces=12)
+    assert device.link(INTO).state is LinkState.DEGRADED
+
+
 @pytest.mark.parametrize(
     "carried",
     [

@@ -138,15 +138,16 @@ class _Incoming:
         )
 
     def judge(self, now_s: float) -> None:
-        """Moves the state by the rate as it is now, against what is usual."""
+        """Moves the state by the rate as it is now, against what is usual, of which a lower bound says nothing."""
         self.state = next_state(self.state, MEASURED)
-        mean = self.rate.mean
-        if self.usual == 0.0:
-            self.usual, self.usual_at_s = mean, now_s
-        share = min(1.0, (now_s - self.usual_at_s) / USUAL_S)
-        self.usual += share * (mean - self.usual)
-        self.usual_at_s = now_s
-        if mean < SLOWED_SHARE * self.usual:
+        mean, is_bound = self.rate.mean, self.rate.is_lower_bound
+        if not is_bound:
+            if self.usual == 0.0:
+                self.usual, self.usual_at_s = mean, now_s
+            share = min(1.0, (now_s - self.usual_at_s) / USUAL_S)
+            self.usual += share * (mean - self.usual)
+            self.usual_at_s = now_s
+        if mean < SLOWED_SHARE * self.usual and not is_bound:
             self.state = next_state(self.state, SLOWED)
         elif mean > RECOVERED_SHARE * self.usual:
             self.state = next_state(self.state, RECOVERED)
