@@ -30,11 +30,11 @@ from shoal.ids import NodeId
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.membership.presence import SayGoodbye
 from shoal.membership.timing import Timing
-from shoal.network.awareness import DEFAULT_POLICY, GROUP_AGE_S_MAX, TIMER, Awareness
-from shoal.network.facts import GraphChanged, JointlyObserved, ResourcesObserved, RoundTripObserved
+from shoal.network.awareness import CARRIED_BURST, DEFAULT_POLICY, GROUP_AGE_S_MAX, TIMER, Awareness
+from shoal.network.facts import DeliveryObserved, GraphChanged, JointlyObserved, ResourcesObserved, RoundTripObserved
 from shoal.network.graph import Figure, Link, LinkFigures, LinkGraph
 from shoal.network.link_state import LinkState
-from shoal.network.report import Report
+from shoal.network.report import CARRIED_BYTES_MAX, Carried, Report
 from shoal.node.core import START, Capability, NodeCore
 from shoal.simulation.keys import SimulatedKeys
 from tests.network.testbed import Testbed, nine_nodes_links
@@ -259,6 +259,8 @@ def test_what_a_device_has_free_is_told() -> None:
         Observed(ME, A, MB, 1.0),
         Observed(A, B, MB, 1.0),
         Learned(RoundTripObserved(A, 0.0)),
+        Learned(DeliveryObserved(A, 0, 1.0, is_full=True)),
+        Learned(DeliveryObserved(A, MB, 0.0, is_full=True)),
         Learned(JointlyObserved((INTO,), MB, 1.0)),
         Learned(JointlyObserved((INTO, Link(ME, B)), MB, 1.0)),
         Learned(JointlyObserved((INTO, Link(B, ME)), MB, 0.0)),
@@ -267,6 +269,85 @@ def test_what_a_device_has_free_is_told() -> None:
 def test_what_this_device_cannot_have_measured_is_an_error(event: Event) -> None:
     with pytest.raises(ValueError, match=r"no transfer|measured by|no round trip|not several links"):
         Device(A, B).tell(event)
+
+
+# Work that measures the links it goes over
+
+
+def test_what_a_sender_saw_of_its_work_is_told_to_the_target() -> None:
+    device = Device(A)
+    device.tell(Learned(RoundTripObserved(A, 0.02)))
+    device.tell(Learned(DeliveryObserved(A, MB, 0.25, is_full=True, round_trip_min_s=0.004)))
+    sent = [effect for _, effect in device.effects if isinstance(effect, Send) and isinstance(effect.message, Carried)]
+    assert sent == [Send((A,), Carried(MB, 0.25, is_full=True))]
+    assert device.link(INTO).round_trip_min_s == 0.004
+    trip = device.link(INTO).round_trip
+    assert trip is not None
+    assert trip.mean == 0.02, "the least of many says nothing of their mean"
+
+
+def test_work_to_a_device_that_is_gone_is_told_to_nobody() -> None:
+    device = Device(A)
+    device.tell(LinkClosed(A))
+    device.effects.clear()
+    device.tell(Learned(DeliveryObserved(A, MB, 0.25, is_full=True)), Learned(DeliveryObserved(B, MB, 0.25, is_full=True)))
+    assert not [effect for _, effect in device.effects if isinstance(effect, Send)]
+
+
+def carry_work(device: Device, rate: float, *, num_pieces: int = 8, is_full: bool = True) -> None:
+    for _ in range(num_pieces):
+        device.wait(0.25)
+        device.tell(Received(A, Carried(int(rate / 4), 0.25, is_full)))
+
+
+def test_a_link_is_known_by_the_work_of_its_source() -> None:
+    device = Device(A)
+    carry_work(device, 2e6, is_full=False)
+    rate = device.link(INTO).rate
+    assert rate is not None
+    assert rate.is_lower_bound
+    carry_work(device, 5e6)
+    link = device.link(INTO)
+    assert link.rate is not None
+    assert link.rate.mean == pytest.approx(5e6)
+    assert not link.rate.is_lower_bound
+    assert device.graph.age_s(link.rate) < 1e-6
+    assert link.load is not None
+    carry_work(device, 1e6, is_full=False)
+    assert device.link(INTO).rate == link.rate, "work that did not fill it makes it neither slower nor younger"
+
+
+def test_little_work_is_not_what_is_usual() -> None:
+    device = Device(A)
+    carry_work(device, 3e5, is_full=False)
+    carry_work(device, 10e6)
+    carry_work(device, 2e6, num_pieces=12)
+    assert device.link(INTO).state is LinkState.DEGRADED
+
+
+@pytest.mark.parametrize(
+    "carried",
+    [
+        Carried(0, 1.0, True),
+        Carried(MB, 0.0, True),
+        Carried(MB, float("nan"), True),
+        Carried(CARRIED_BYTES_MAX + 1, 1.0, True),
+    ],
+)
+def test_what_no_sender_can_have_seen_is_refused(carried: Carried) -> None:
+    device = Device(A)
+    device.tell(Received(A, carried), Received(B, Carried(MB, 1.0, True)))
+    assert device.link(INTO).rate is None
+    assert device.core.statistics.num_carried == 0
+    assert device.core.statistics.num_carried_refused == 1
+
+
+def test_a_source_that_tells_too_much_is_not_heard() -> None:
+    device = Device(A)
+    for _ in range(CARRIED_BURST + 5):
+        device.tell(Received(A, Carried(MB, 1.0, True)))
+    assert device.core.statistics.num_carried == CARRIED_BURST
+    assert device.core.statistics.num_carried_refused == 5
 
 
 # Reports

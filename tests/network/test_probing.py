@@ -53,6 +53,17 @@ def test_what_carries_work_is_not_probed() -> None:
     assert again_s == pytest.approx(999.0 + POLICY.age_s_min)
 
 
+def test_what_was_never_seen_at_its_limit_is_measured_as_if_unknown() -> None:
+    carries_little = candidate("a", 1e4, at_s=999.0, is_lower_bound=True)
+    one = prober()
+    probe, _ = one.choose([carries_little], now_s=1000.0)
+    assert probe == MeasureLink(NodeId("a"), POLICY.start_up_bytes, POLICY.probe_s_max)
+    one.finish(carries_little.link)
+    probe, again_s = one.choose([carries_little], now_s=1001.0)
+    assert probe is None
+    assert again_s == pytest.approx(1000.0 + POLICY.age_s_min)
+
+
 def test_never_measured_links_go_first_and_begin_after_the_own_id() -> None:
     candidates = [candidate("a", None), candidate("z", None), candidate("b", 1e6)]
     one = prober()

@@ -7,6 +7,7 @@ import contextlib
 import select
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -20,6 +21,8 @@ from shoal.errors import RequestError, WorkerLost
 from shoal.runtime.agent import GREETING_MAX, GREETING_TIMEOUT_S
 from shoal.runtime.messages import AskStatus, AskSurvey, EngineOptions, Status, Survey, Through
 from shoal.runtime.node.owner import (
+    AskCluster,
+    ClusterStatus,
     Done,
     Invitation,
     JoinCluster,
@@ -80,6 +83,7 @@ def test_members_answer_together_and_a_removed_one_is_out(tmp_path: Path, capfd:
             together = await answer(agents["first"], num_stages=3)
             assert {stage.device for stage in together.engine.stages} == set(NAMES)
             assert together.engine.encrypts
+            await _check_links_measured_by_work(agents["first"], tmp_path)
             await _check_through(agents["first"])
 
             long = asyncio.create_task(answer(agents["first"], tokens=1500, num_stages=3))
@@ -119,6 +123,26 @@ def test_a_member_without_the_model_is_left_out_and_a_stranger_gets_nothing(tmp_
             await asyncio.to_thread(_say_nothing, tmp_path / "first", GREETING_MAX + 8)
 
     asyncio.run(scenario())
+
+
+async def _check_links_measured_by_work(first: OwnAgent, folder: Path) -> None:
+    """Whoever receives a prompt's frames is told by their sender how fast they came."""
+    if sys.platform != "linux":
+        return
+
+    def heard(name: str) -> int:
+        status = _ask_owner(folder / name, AskCluster(), ClusterStatus)
+        assert isinstance(status, ClusterStatus)
+        return status.counters["network_num_carried"]
+
+    options = EngineOptions(num_threads=1, placement="proportional")
+    asked = request(demo_model(), tokens=1, prompt="The sea is the friend of the sailor. " * 40, options=options)
+    await ask(first.address, asked, show=lambda _: None, status=lambda _: None)
+    give_up_s = time.monotonic() + 5.0
+    # From the second: what the head's worker says is only read while it answers.
+    while not await asyncio.to_thread(heard, "third"):
+        assert time.monotonic() < give_up_s, "the frames of a prompt measured no link"
+        await asyncio.sleep(0.1)
 
 
 async def _check_through(first: OwnAgent) -> None:

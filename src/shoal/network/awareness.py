@@ -4,7 +4,8 @@
 composes what is estimated (`estimate.py`), which state a link is in (`link_state.py`), what is told (`monitor.py`) and
 which idle link is probed (`probing.py`).
 
-A directed link is measured by its target alone, so for each link one device's word counts and reports never contend. Where
+A directed link is measured by its target alone, so for each link one device's word counts and reports never contend. What
+the source sees of its own work on the way, it tells the target (`Carried`). Where
 links are sparse, a device passes a report on to neighbours that its origin does not reach directly, once.
 
 Source: the network awareness of NetStorm (arXiv 2404.11352) and the cluster monitor of Chaos (arXiv 2505.12815).
@@ -38,7 +39,7 @@ from shoal.effects import (
 from shoal.ids import NodeId
 from shoal.membership.failure import LinkChanged, MemberGone, MemberHere
 from shoal.network.estimate import Estimator, LoadEstimator, RateEstimator, RoundTripEstimator
-from shoal.network.facts import GraphChanged, JointlyObserved, ResourcesObserved, RoundTripObserved
+from shoal.network.facts import DeliveryObserved, GraphChanged, JointlyObserved, ResourcesObserved, RoundTripObserved
 from shoal.network.graph import DeviceFigures, Figure, Link, LinkFigures, LinkGraph, LinkGroup, Resources
 from shoal.network.link_state import (
     CONNECTED,
@@ -57,7 +58,7 @@ from shoal.network.link_state import (
 from shoal.network.monitor import NEWS_SHARE, RateLimit, ReportPolicy, is_device_news, is_link_news, is_news
 from shoal.network.netstorm import NetStormEstimator
 from shoal.network.probing import ProbeCandidate, Prober, ProbingPolicy
-from shoal.network.report import PeerClock, Report, figure_here, is_sound, link_here
+from shoal.network.report import Carried, PeerClock, Report, figure_here, is_sound, link_here
 
 TIMER = "network"
 USUAL_S = 300.0
@@ -72,6 +73,9 @@ GROUP_AGE_S_MAX = 600.0
 NUM_GROUPS_MAX = 64
 REPORTS_BURST_MAX = 16
 """Of one origin: reports may be bunched on the way. Beyond that and its rate they are dropped."""
+CARRIED_EVERY_S = 0.25
+CARRIED_BURST = 8
+"""Of one source, in the same way; its look at one socket after the other is a burst."""
 
 Version = tuple[int, int]
 _ESTIMATORS: dict[str, type[RateEstimator]] = {"clipped": RateEstimator, "netstorm": NetStormEstimator}
@@ -99,6 +103,9 @@ class Statistics(msgspec.Struct):
     num_reports_forwarded: int = 0
     num_reports_malformed: int = 0
     num_reports_dropped: int = 0
+    num_carried: int = 0
+    """How often a source told what its own work showed of a link."""
+    num_carried_refused: int = 0
     num_probes: int = 0
     num_probes_expired: int = 0
 
@@ -131,15 +138,16 @@ class _Incoming:
         )
 
     def judge(self, now_s: float) -> None:
-        """Moves the state by the rate as it is now, against what is usual."""
+        """Moves the state by the rate as it is now, against what is usual, of which a lower bound says nothing."""
         self.state = next_state(self.state, MEASURED)
-        mean = self.rate.mean
-        if self.usual == 0.0:
-            self.usual, self.usual_at_s = mean, now_s
-        share = min(1.0, (now_s - self.usual_at_s) / USUAL_S)
-        self.usual += share * (mean - self.usual)
-        self.usual_at_s = now_s
-        if mean < SLOWED_SHARE * self.usual:
+        mean, is_bound = self.rate.mean, self.rate.is_lower_bound
+        if not is_bound:
+            if self.usual == 0.0:
+                self.usual, self.usual_at_s = mean, now_s
+            share = min(1.0, (now_s - self.usual_at_s) / USUAL_S)
+            self.usual += share * (mean - self.usual)
+            self.usual_at_s = now_s
+        if mean < SLOWED_SHARE * self.usual and not is_bound:
             self.state = next_state(self.state, SLOWED)
         elif mean > RECOVERED_SHARE * self.usual:
             self.state = next_state(self.state, RECOVERED)
@@ -166,6 +174,7 @@ class _Device(msgspec.Struct):
 
     figures: DeviceFigures
     limit: RateLimit
+    carried_limit: RateLimit
     clock: PeerClock
     version: Version = (-1, -1)
     complete: Version = (-1, -1)
@@ -184,7 +193,7 @@ class Awareness:
     """
 
     name = TIMER
-    messages: tuple[type[Message], ...] = (Report,)
+    messages: tuple[type[Message], ...] = (Report, Carried)
 
     def __init__(self, me: NodeId, *, incarnation: int, now_s: float, policy: AwarenessPolicy = DEFAULT_POLICY) -> None:
         self.me = me
@@ -243,12 +252,17 @@ class Awareness:
         elif isinstance(event, Received):
             if isinstance(event.message, Report):
                 effects = self._take_report(event.peer, event.message, now_s)
+            elif isinstance(event.message, Carried):
+                self._take_carried(event.peer, event.message, now_s)
         elif isinstance(event, TimerFired):
             # A timer may fire a rounding error too early, and is gone all the same.
             if now_s >= self._wake_s - 1e-6:
                 self._wake_s = inf
         elif isinstance(event, Learned):
-            self._learn(event.fact, now_s)
+            if isinstance(event.fact, DeliveryObserved):
+                effects = self._observe_delivery(event.fact, now_s)
+            else:
+                self._learn(event.fact, now_s)
         elif isinstance(event, LinkOpened):
             self._open.add(event.peer)
             self._connect(event.peer, now_s)
@@ -308,6 +322,27 @@ class Awareness:
             return True
         return abs(estimator.mean - told.mean) > NEWS_SHARE * told.mean and is_news(told, estimator.figure())
 
+    def _observe_delivery(self, fact: DeliveryObserved, now_s: float) -> list[Effect]:
+        """Tells the link's target; the least round trip is this device's to keep."""
+        if fact.num_bytes <= 0 or not 0.0 < fact.seconds < inf:
+            raise ValueError(f"{fact.num_bytes} bytes in {fact.seconds} s is no transfer")
+        outgoing = self._outgoing.get(Link(self.me, fact.peer))
+        if outgoing is None or outgoing.state is LinkState.DOWN:
+            return []  # it went away meanwhile
+        if fact.round_trip_min_s is not None:
+            self._incoming[Link(fact.peer, self.me)].round_trip.observe_least(fact.round_trip_min_s, now_s)
+        return [Send((fact.peer,), Carried(fact.num_bytes, fact.seconds, fact.is_full))]
+
+    def _take_carried(self, peer: NodeId, carried: Carried, now_s: float) -> None:
+        device = self._devices.get(peer)
+        if device is None:
+            return
+        if not carried.is_sound or not device.carried_limit.take(now_s):
+            self.statistics.num_carried_refused += 1
+            return
+        self.statistics.num_carried += 1
+        self._observe(Observed(peer, self.me, carried.num_bytes, carried.seconds, saturated=carried.is_full), now_s)
+
     def _observe_round_trip(self, fact: RoundTripObserved, now_s: float) -> None:
         if not 0.0 < fact.seconds < inf:
             raise ValueError(f"{fact.seconds} s is no round trip")
@@ -357,7 +392,8 @@ class Awareness:
             return
         report = self.policy.report
         limit = RateLimit(interval_s=report.interval_s, burst=REPORTS_BURST_MAX, now_s=now_s)
-        self._devices[device] = _Device(DeviceFigures(device=device), limit, PeerClock())
+        carried_limit = RateLimit(interval_s=CARRIED_EVERY_S, burst=CARRIED_BURST, now_s=now_s)
+        self._devices[device] = _Device(DeviceFigures(device=device), limit, carried_limit, PeerClock())
         self._change_crowd(now_s)
         insort(self._ids, device)
         if device in self._open:

@@ -186,6 +186,10 @@ class RoundTripEstimator(Estimator):
 
     def observe(self, seconds: float, now_s: float) -> None:
         self.add(seconds, weight=1.0, now_s=now_s)
+        self.observe_least(seconds, now_s)
+
+    def observe_least(self, seconds: float, now_s: float) -> None:
+        """Takes what is known to be the least of some round trips; it says nothing of their mean."""
         if now_s - self._window_since_s > ROUND_TRIP_WINDOW_S:
             is_fresh = now_s - self._window_since_s <= 2 * ROUND_TRIP_WINDOW_S
             self._least_before_s = self._least_s if is_fresh else inf

@@ -18,6 +18,20 @@ class RoundTripObserved(Fact, frozen=True):
     seconds: float
 
 
+class DeliveryObserved(Fact, frozen=True):
+    """Work of this device's went to `peer`: `num_bytes` were acknowledged in `seconds`, by this device's clock.
+
+    `is_full`: the link was the limit all that time; otherwise it carries at least this. `round_trip_min_s` is the least of
+    the last minutes; None: not known.
+    """
+
+    peer: NodeId
+    num_bytes: int
+    seconds: float
+    is_full: bool
+    round_trip_min_s: float | None = None
+
+
 class JointlyObserved(Fact, frozen=True):
     """Several links, all out of this device or all into it, were full at once: what they carried together.
 

@@ -1,6 +1,7 @@
 """Decides which idle link is measured next, and with how many bytes.
 
-A link that carries work measures itself. An idle one is probed when the age of its figure times what there may be to gain
+A link that carries work measures itself, if the work fills it; where it shows only a lower bound, the link's rate is
+unknown as before. An idle one is probed when the age of its figure times what there may be to gain
 is the largest, within a budget of bytes, one probe at a time so that probes do not measure each other. A link that was
 never measured gets a start-up probe, larger, of a second at most, if the budget has it. No value is made up: a probe
 that comes to nothing leaves the link unknown, and it is tried again like any idle link.
@@ -49,6 +50,11 @@ class ProbeCandidate(msgspec.Struct, frozen=True, kw_only=True):
     rate: Figure | None
     round_trip_s: float | None
     connected_at_s: float
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it was ever seen at its limit."""
+        return self.rate is not None and not self.rate.is_lower_bound
 
 
 def possible_gain(rate: Figure | None, *, age_s: float, best_bytes_per_s: float, drift_per_s: float) -> float:
@@ -116,7 +122,7 @@ class Prober:
         candidates = list(candidates)
         best_rate = max((candidate.rate.mean for candidate in candidates if candidate.rate), default=0.0)
         self._refill(best_rate, now_s)
-        never = [candidate for candidate in candidates if candidate.rate is None and candidate.link not in self._tried_s]
+        never = [each for each in candidates if not each.is_measured and each.link not in self._tried_s]
         if never:
             first = min(never, key=self._turn)
             is_rich = self._budget_bytes >= self.policy.start_up_bytes
@@ -144,7 +150,7 @@ class Prober:
 
     def _idle_s(self, candidate: ProbeCandidate, now_s: float) -> float:
         """Since the link was measured or last tried: one that answers no probe does not use up the budget."""
-        measured_s = candidate.rate.at_s if candidate.rate else candidate.connected_at_s
+        measured_s = candidate.rate.at_s if candidate.rate and candidate.is_measured else candidate.connected_at_s
         return now_s - max(measured_s, self._tried_s.get(candidate.link, measured_s))
 
     def _value(self, candidate: ProbeCandidate, best_rate: float, now_s: float) -> float:

@@ -11,6 +11,8 @@ from shoal.network.graph import Figure, Link, LinkFigures, LinkGroup, Resources
 ENTRIES_MAX = 4096
 """Links and members of groups in one report."""
 
+CARRIED_BYTES_MAX = 1 << 50
+
 
 class Report(Message, frozen=True, kw_only=True, tag="nr"):
     """What `origin` measured: links into it, itself, and links that slow each other at it.
@@ -33,6 +35,20 @@ class Report(Message, frozen=True, kw_only=True, tag="nr"):
     @property
     def version(self) -> tuple[int, int]:
         return self.incarnation, self.sequence
+
+
+class Carried(Message, frozen=True, tag="nc"):
+    """The sender's work came over the link from it to the receiver: `num_bytes` were acknowledged in `seconds`, by its
+    clock. `is_full`: the link was the limit; otherwise it carries at least this. The receiver keeps the link's figures.
+    """
+
+    num_bytes: int
+    seconds: float
+    is_full: bool
+
+    @property
+    def is_sound(self) -> bool:
+        return 0 < self.num_bytes <= CARRIED_BYTES_MAX and 0.0 < self.seconds < inf
 
 
 def is_sound(report: Report) -> bool:

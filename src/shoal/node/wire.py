@@ -11,9 +11,9 @@ import msgspec
 from shoal.effects import Message
 from shoal.errors import RemoteProtocolError
 from shoal.membership.messages import MembershipMessage
-from shoal.network.report import Report
+from shoal.network.report import Carried, Report
 
-WireMessage = MembershipMessage | Report
+WireMessage = MembershipMessage | Report | Carried
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[WireMessage] = msgspec.msgpack.Decoder(WireMessage)

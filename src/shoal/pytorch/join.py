@@ -32,6 +32,8 @@ from shoal.runs.registry import Registered, ask, entries
 from shoal.runs.run import Run, StepDone, Task
 from shoal.runs.trust import Trust, check_plain
 from shoal.runs.votes import FILE
+from shoal.runtime.node.link_news import LinkNews
+from shoal.runtime.node.state import runs_from
 from shoal.training.samples import Interval, SampleOrder
 
 
@@ -65,10 +67,11 @@ class TrainingRun:
         micro_batch: int | None,
         progress: Progress,
         trust: Path | None,
+        news: LinkNews | None,
     ) -> None:
         self._run, self._trainee, self._dataset = run, trainee, dataset
         self._seed, self._collate, self._micro_batch = seed, collate, micro_batch
-        self._progress, self._trust = progress, trust
+        self._progress, self._trust, self._news = progress, trust, news
         self._task: Task | None = None
         self._left = 0
         self._loss_sum = 0.0
@@ -94,6 +97,8 @@ class TrainingRun:
         finally:
             restore()
             self._run.close()
+            if self._news is not None:
+                self._news.close()
             registered.close()
             self._progress.close(is_finished=self._run.is_finished)
 
@@ -205,6 +210,7 @@ def join(
     if file is None:
         check_plain(address)
     num_wanted = devices or int(os.environ.get("SHOAL_DEVICES") or 1)
+    proven = Trust.read(file) if file is not None else None
     run = Run(
         name,
         trainee,
@@ -215,13 +221,25 @@ def join(
         folder=Path(place) if place else None,
         checkpoint_every=checkpoint_every,
         members_min=num_wanted,
-        trust=Trust.read(file) if file is not None else None,
+        trust=proven,
     )
+    news = None
+    if proven is not None and proven.folder is not None and runs_from(proven.folder):
+        news = LinkNews(proven.folder, proven.device)
+        run.rates.on_observed = news.observe
     progress = Progress(name, num_steps=num_steps, folder=run.folder)
     progress.begin(run, num_wanted=num_wanted)
     run.on_step = progress.show
     return TrainingRun(
-        run, trainee, dataset, seed=seed, collate=collate, micro_batch=micro_batch, progress=progress, trust=file
+        run,
+        trainee,
+        dataset,
+        seed=seed,
+        collate=collate,
+        micro_batch=micro_batch,
+        progress=progress,
+        trust=file,
+        news=news,
     )
 
 

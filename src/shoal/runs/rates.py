@@ -32,6 +32,8 @@ class Rates:
     """Estimates by peer; from any thread."""
 
     def __init__(self) -> None:
+        self.on_observed: Callable[[NodeId, int, float, bool], None] | None = None
+        """Told the same as `observe`, by the thread that calls it; must not block."""
         self._lock = threading.Lock()
         self._estimators: dict[NodeId, RateEstimator] = {}
 
@@ -40,6 +42,8 @@ class Rates:
         with self._lock:
             estimator = self._estimators.setdefault(peer, RateEstimator())
             estimator.observe(num_bytes, seconds, time.monotonic(), saturated=is_full)
+        if self.on_observed is not None:
+            self.on_observed(peer, num_bytes, seconds, is_full)
 
     def forget(self, peer: NodeId) -> None:
         with self._lock:

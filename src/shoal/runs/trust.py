@@ -38,6 +38,8 @@ class Trust:
 
     def __init__(self, keys: DeviceKeys, members: Iterable[bytes]) -> None:
         self.device = keys.node
+        self.folder: Path | None = None
+        """Where its key is; with an agent's, its state."""
         self._store = TrustStore(keys, members, is_two_way=True)
 
     @classmethod
@@ -46,9 +48,11 @@ class Trust:
         try:
             file = msgspec.json.decode(path.read_bytes(), type=_File)
             keys = DeviceKeys.from_seed(Path(file.key).read_bytes())
-            return cls(keys, [bytes.fromhex(member) for member in file.members])
+            trust = cls(keys, [bytes.fromhex(member) for member in file.members])
         except (OSError, msgspec.MsgspecError, ValueError) as error:
             raise DamagedFile(f"{path} does not say whom this member of a run trusts ({error}): start it again") from error
+        trust.folder = Path(file.key).parent
+        return trust
 
     @staticmethod
     def write(path: Path, key: Path, members: Iterable[bytes]) -> None:

@@ -40,6 +40,7 @@ from shoal.runtime.messages import (
     ApplyTemplate,
     AskStatus,
     AskSurvey,
+    Delivered,
     Detokenize,
     DeviceStatus,
     Embed,
@@ -336,6 +337,10 @@ class Agent:
 
     # ---- as another's member
 
+    def _tell_cluster(self, delivered: Delivered) -> None:
+        if self.cluster is not None:
+            self.cluster.learn_delivery(delivered)
+
     async def _lease(self, channel: Channel, start: StartWorker) -> None:
         """Runs a worker for another device's head, for as long as this connection lasts."""
         if self.is_paused():
@@ -343,7 +348,7 @@ class Agent:
         path = await asyncio.to_thread(self._store.find, start.model)
         if path is None:
             raise ModelNotFound(f"no model file with SHA-256 {start.model.hash} in {self._store.describe_folders()}")
-        worker = await WorkerProcess.start()
+        worker = await WorkerProcess.start(on_delivered=self._tell_cluster)
         self._counters.leases[start.engine] = f"{path.name} (for {channel.peer})"
         try:
             own_start = msgspec.structs.replace(

@@ -135,11 +135,13 @@ class Channel:
             raise RemoteProtocolError(f"{self.peer} sent {type(message).__name__} where {kind.__name__} is due")
         return message
 
-    async def distance(self) -> Distance:
+    async def distance(self, *, known_bytes_per_s: float | None = None) -> Distance:
         """How far the agent at the other end is, and what gets there: half a megabyte at most is sent, less where that takes
-        long."""
+        long, and nothing where it is known."""
         # The least of a few tries: what is longer waited for a processor.
         round_trip_s = min([await self._ping_s(0) for _ in range(_PINGS)])
+        if known_bytes_per_s is not None:
+            return Distance(round_trip_s, min(known_bytes_per_s, LINK_BYTES_PER_S_MAX))
         bytes_per_s = 0.0
         for num_bytes in _LOADS_BYTES:  # the first ones open TCP's window
             carried_s = await self._ping_s(num_bytes) - round_trip_s

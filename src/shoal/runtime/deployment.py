@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from shoal.errors import DeviceError, DeviceRefused, LinkClosed, WorkerLost
-from shoal.ids import DeviceId, EngineId, ModelHash
+from shoal.ids import DeviceId, EngineId, ModelHash, NodeId
 from shoal.placement.drift import Answered, DriftWatch, PlanAnew
 from shoal.placement.planner import Plan
 from shoal.runtime.channel import HERE, Channel, Distance
@@ -58,6 +58,8 @@ class Member(Protocol):
     """A device's worker, near or far."""
 
     device: DeviceId
+    node: NodeId | None
+    """Which member it is, where that is known."""
     host: str
     distance: Distance
     """From the head."""
@@ -81,6 +83,7 @@ class LeasedMember:
 
     def __init__(self, device: DeviceId, host: str, channel: Channel, distance: Distance) -> None:
         self.device = device
+        self.node = channel.node
         self.host = host
         self.head_host = channel.own_host
         self.is_proven = channel.node is not None
@@ -114,8 +117,8 @@ class OwnMember:
     distance = HERE
     is_proven = True
 
-    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess) -> None:
-        self.device = device
+    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, *, node: NodeId | None = None) -> None:
+        self.device, self.node = device, node
         self.host = self.head_host = host
         self.worker = worker
 
@@ -392,6 +395,7 @@ async def _connect(ring: Sequence[Member], stages: Sequence[StageReady]) -> None
             holds_windows=holds_windows,
             next_key=stages[next_index].ring_key,
             previous_key=stages[index - 1].ring_key,
+            next_node=following.node,
         )
         await member.ask(message, RingConnected, timeout_s=CONNECT_TIMEOUT_S)
 

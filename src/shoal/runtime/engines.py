@@ -33,6 +33,7 @@ from shoal.runtime.deployment import (
 )
 from shoal.runtime.messages import (
     AskSurvey,
+    Delivered,
     Embed,
     EngineOptions,
     Finished,
@@ -88,6 +89,13 @@ class Cluster(Protocol):
 
     async def connect(self, neighbour: Neighbour) -> Channel:
         """To its agent, both ends proven. Raises DeviceUnreachable or DeviceRefused."""
+
+    @property
+    def me(self) -> NodeId:
+        """This device."""
+
+    def learn_delivery(self, delivered: Delivered) -> None:
+        """A worker here saw how fast its frames reach a member."""
 
 
 @dataclass
@@ -244,11 +252,12 @@ class Engines:
             neighbours = await self._neighbours()
             order.members = {neighbour.node for neighbour in neighbours}
             await self._lease_from_members(order, neighbours, guests, report)
-            worker = await WorkerProcess.start()
+            worker = await WorkerProcess.start(on_delivered=self._tell_cluster)
         except BaseException:
             await guests.release()
             raise
-        own = _OwnMember(self._device, self._ring_host(guests.members), worker, order.path)
+        node = cluster.me if (cluster := self._cluster()) is not None else None
+        own = _OwnMember(self._device, self._ring_host(guests.members), worker, order.path, node=node)
         return await deploy(
             [own, *guests.members],
             own,
@@ -261,6 +270,10 @@ class Engines:
             layer_s=self._seen(order.model.hash),
             report=report,
         )
+
+    def _tell_cluster(self, delivered: Delivered) -> None:
+        if (cluster := self._cluster()) is not None:
+            cluster.learn_delivery(delivered)
 
     async def _neighbours(self) -> list[Neighbour]:
         cluster = self._cluster()
@@ -275,7 +288,10 @@ class Engines:
             return
         await report(Progress(f"calling {', '.join(neighbour.name for neighbour in neighbours)}"))
         leases = await asyncio.gather(
-            *(_lease_from(cluster.connect(neighbour), order.model, order.path) for neighbour in neighbours),
+            *(
+                _lease_from(cluster.connect(neighbour), order.model, order.path, known_bytes_per_s=neighbour.bytes_per_s)
+                for neighbour in neighbours
+            ),
             return_exceptions=True,
         )
         failure: BaseException | None = None
@@ -393,8 +409,8 @@ def _key_of(model: ModelFile, options: EngineOptions) -> Key:
 class _OwnMember(OwnMember):
     """This device's worker, which is told the path of the model that others know by its hash."""
 
-    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, path: Path) -> None:
-        super().__init__(device, host, worker)
+    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, path: Path, *, node: NodeId | None) -> None:
+        super().__init__(device, host, worker, node=node)
         self._path = path
 
     async def ask(self, message: Message, kind: type[Any], *, timeout_s: float) -> Any:
@@ -403,8 +419,10 @@ class _OwnMember(OwnMember):
         return await super().ask(message, kind, timeout_s=timeout_s)
 
 
-async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Path) -> tuple[LeasedMember, int]:
-    """Connects to a peer and makes sure that it has the model.
+async def _lease_from(
+    connecting: Awaitable[Channel], model: ModelFile, path: Path, *, known_bytes_per_s: float | None = None
+) -> tuple[LeasedMember, int]:
+    """Connects to a peer and makes sure that it has the model. What the link there carries is measured unless it is known.
 
     Raises:
         DeviceUnreachable: no answer.
@@ -423,7 +441,7 @@ async def _lease_from(connecting: Awaitable[Channel], model: ModelFile, path: Pa
                 f"device {survey.device} ({channel.peer}) lacks {path.name} (SHA-256 {model.hash[:12]}...): copy it, "
                 f"for example with `scp {path} {host}:{survey.model_folders[0]}/`"
             )
-        distance = await channel.distance()
+        distance = await channel.distance(known_bytes_per_s=known_bytes_per_s)
     except BaseException:
         await channel.close()
         raise

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shoal.ids import DeviceId, EngineId, LayerRange, ModelHash
+from shoal.ids import DeviceId, EngineId, LayerRange, ModelHash, NodeId
 from shoal.placement.baselines import BaselineName
 
 CONTROL_PROTOCOL = 1
@@ -233,6 +233,20 @@ class ConnectRing(Message, frozen=True):
     next_key: bytes = b""
     previous_key: bytes = b""
     """What the neighbours' links are proven with."""
+    next_node: NodeId | None = None
+    """Whose link the frames measure, where the next stage's device is a member; None: nobody's."""
+
+
+class Delivered(Message, frozen=True):
+    """From a worker to its own agent: its frames went to member `peer`, as `transport/delivery.py` saw at `at_s` on this
+    machine's monotonic clock."""
+
+    peer: NodeId
+    num_bytes: int
+    seconds: float
+    is_full: bool
+    round_trip_min_s: float | None
+    at_s: float
 
 
 class RingConnected(Message, frozen=True):
@@ -593,7 +607,7 @@ class Prompt(Message, frozen=True):
 
 _ALL = (
     Hello | Failed | Ping | Pong | AskSurvey | Survey | AskStatus | Status | DeviceStatus | Through
-    | StartWorker | WorkerReport | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost
+    | StartWorker | WorkerReport | AssignLayers | StageReady | ConnectRing | RingConnected | EngineLost | Delivered
     | Generate | Cancel | Progress | EngineDescription | Delta | Finished | Accepted | PromptScores
     | Embed | Embedded | ListModels | Models | LoadModel | UnloadModel | Unloaded
     | OpenTexts | TextsReady | Tokenize | Tokenized | Detokenize | Detokenized | ApplyTemplate | Prompt

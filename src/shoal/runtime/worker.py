@@ -45,6 +45,7 @@ from shoal.runtime.messages import (
     AssignLayers,
     Cancel,
     ConnectRing,
+    Delivered,
     Embed,
     EngineLost,
     Generate,
@@ -61,6 +62,7 @@ from shoal.runtime.messages import (
 from shoal.runtime.profile import MEMORY_SHARE, ComputeProfile, num_physical_cores, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
+from shoal.transport.delivery import Delivery
 from shoal.transport.link import Inbound, Outbound, RingKeys, RingListener, dial
 from shoal.units import MIB
 
@@ -441,7 +443,12 @@ class Worker:
             inbound = accepting.result()
         self._listener.close()
         shape = frame_shape(self._stage, assigned.num_stages)
-        outbound = Outbound(sock, shape, frames_max=assigned.num_stages + 1)
+
+        def tell(delivery: Delivery) -> None:
+            if connect.next_node is not None:
+                self._pipe.send(Delivered(connect.next_node, *delivery, at_s=time.monotonic()))
+
+        outbound = Outbound(sock, shape, frames_max=assigned.num_stages + 1, on_delivery=tell)
         return inbound, outbound
 
     def _serve(

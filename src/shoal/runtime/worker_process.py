@@ -6,29 +6,40 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from shoal.errors import LinkClosed, WorkerLost
 from shoal.runtime.channel import Channel
-from shoal.runtime.messages import MESSAGE_BYTES_MAX, AnyMessage, EngineLost, Message
+from shoal.runtime.messages import MESSAGE_BYTES_MAX, AnyMessage, Delivered, EngineLost, Message
 
 Answer = TypeVar("Answer", bound=Message)
 _END_GRACE_S = 2.0
+_NEWS_S = 1.0
 _SPINS_PER_BARRIER = "20000"
 
 
 class WorkerProcess:
-    """A running worker. `stop` ends it; so does the end of this process, because its input then ends."""
+    """A running worker. `stop` ends it; so does the end of this process, because its input then ends.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    Args:
+        on_delivered: told what its frames showed of the link to a member, where that is news; whoever reads the worker's
+            messages is not.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, *, on_delivered: Callable[[Delivered], None] = lambda _: None
+    ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self._process = process
+        self._on_delivered = on_delivered
         self._channel = Channel(process.stdout, process.stdin, peer=f"worker {process.pid}")
 
     @classmethod
-    async def start(cls) -> WorkerProcess:
-        """Starts a worker that waits for its `StartWorker`."""
+    async def start(cls, *, on_delivered: Callable[[Delivered], None] = lambda _: None) -> WorkerProcess:
+        """Starts a worker that waits for its `StartWorker`, or for texts."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -39,7 +50,7 @@ class WorkerProcess:
             limit=MESSAGE_BYTES_MAX,
             **_own_group(),
         )
-        return cls(process)
+        return cls(process, on_delivered=on_delivered)
 
     @property
     def pid(self) -> int:
@@ -61,13 +72,19 @@ class WorkerProcess:
 
     async def receive(self) -> AnyMessage:
         """The next message. Raises WorkerLost when it has ended or lost its ring."""
-        try:
-            message = await self._channel.receive()
-        except LinkClosed as error:
-            raise await self._lost() from error
-        if isinstance(message, EngineLost):
-            raise WorkerLost(message.text)
-        return message
+        while True:
+            try:
+                message = await self._channel.receive()
+            except LinkClosed as error:
+                raise await self._lost() from error
+            if isinstance(message, Delivered):
+                # What lay unread since the last answer says nothing of now.
+                if time.monotonic() - message.at_s <= _NEWS_S:
+                    self._on_delivered(message)
+                continue
+            if isinstance(message, EngineLost):
+                raise WorkerLost(message.text)
+            return message
 
     def interrupt(self, error: WorkerLost) -> None:
         """Ends waiting for the worker's next message, now and from now on, with this error."""

@@ -12,12 +12,14 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shoal.errors import AddressInUse, DeviceUnreachable, LinkClosed, PeerNotTrusted, RemoteProtocolError
 from shoal.ids import EngineId
+from shoal.transport.delivery import BulkWatch, Delivery
 from shoal.transport.framing import (
     HEADER,
     HELLO_BYTES_MAX,
@@ -189,10 +191,19 @@ class Outbound:
 
     Args:
         frames_max: most frames that may wait for the sender thread; `send` blocks beyond it.
+        on_delivery: told by that thread how fast larger frames arrive, where the system knows it; must not raise.
     """
 
-    def __init__(self, sock: socket.socket, shape: FrameShape, *, frames_max: int) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        shape: FrameShape,
+        *,
+        frames_max: int,
+        on_delivery: Callable[[Delivery], None] = lambda _: None,
+    ) -> None:
         self._socket = sock
+        self._watch = BulkWatch(sock, on_delivery, now_s=time.monotonic())
         self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         # Each is written by one thread only: what was handed to the sender thread, and what it has sent.
@@ -237,16 +248,26 @@ class Outbound:
         self.bytes_sent += frame.num_bytes
 
     def _send_waiting(self) -> None:
-        while (frame := self._waiting.get()) is not None:
+        while (frame := self._next_waiting()) is not None:
             try:
                 if self._failure is None:
+                    self._watch.sends(time.monotonic())
                     self._send(frame)
+                    self._watch.look(time.monotonic())
             except LinkClosed as error:
                 # Announced by the next `send`; whoever waits on the inbound link learns it there.
                 self._failure = error
             finally:
                 self._num_dequeued += 1
                 self._free.put(frame)
+
+    def _next_waiting(self) -> Frame | None:
+        """Waits for it, and meanwhile sees the last one arrive."""
+        while True:
+            try:
+                return self._waiting.get(timeout=self._watch.wait_s(time.monotonic()))
+            except queue.Empty:
+                self._watch.look(time.monotonic())
 
     def close(self) -> None:
         _close(self._socket)

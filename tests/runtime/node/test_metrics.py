@@ -55,6 +55,8 @@ def test_devices_links_refusals_and_decisions(tmp_path: Path) -> None:
             assert found["shoal_link_up", labels] == 1.0
             assert found["shoal_link_rate_bytes_per_second", labels | {("bound", "")}] > 1e6
             assert found["shoal_link_rate_age_seconds", labels | {("bound", "")}] < 20.0
+            assert found["shoal_link_load_bytes_per_second", labels] > 0.0, "its probe"
+            assert found["shoal_link_load_age_seconds", labels] < 20.0
         assert found["shoal_refusals_total", frozenset({("reason", "malformed")})] == 1.0
         assert found["shoal_decide_seconds_bucket", frozenset({("le", "0.0005")})] == 1.0
         assert found["shoal_decide_seconds_bucket", frozenset({("le", "5.0")})] == 2.0

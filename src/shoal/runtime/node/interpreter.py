@@ -59,7 +59,8 @@ from shoal.membership.presence import Outranked, SayGoodbye
 from shoal.membership.roster import MemberAdded, MemberRemoved, SetAddresses
 from shoal.membership.timing import Timing
 from shoal.network.awareness import Awareness
-from shoal.network.facts import GraphChanged, ResourcesObserved, RoundTripObserved
+from shoal.network.facts import DeliveryObserved, GraphChanged, ResourcesObserved, RoundTripObserved
+from shoal.network.graph import LinkGraph
 from shoal.node import wire
 from shoal.node.core import START, FileDamaged, NodeCore
 from shoal.node.journal import Journal
@@ -229,6 +230,11 @@ class Interpreter:
         """The owner wants something of the cores."""
         self.step(Commanded(command))
 
+    def learn(self, fact: DeliveryObserved) -> None:
+        """Tells the cores what the work of this device showed of a link."""
+        if fact.peer in self.core.trusted:
+            self.step(Learned(fact))
+
     def step(self, event: Event) -> None:
         """Hands the cores an event, and carries out what they want.
 
@@ -292,6 +298,15 @@ class Interpreter:
         if self.options.listen is None or self.options.is_hidden:
             return ()
         return self.options.advertise or advertised(self.options.listen[0], self.port)
+
+    @property
+    def awareness(self) -> Awareness:
+        """The core that knows the network."""
+        return next(each for each in self.core.capabilities if isinstance(each, Awareness))
+
+    def graph(self) -> LinkGraph:
+        """What is known of the network now."""
+        return self.awareness.graph(clock.now_s())
 
     def since_1970_s(self) -> float:
         """The date now, as the cores know it."""

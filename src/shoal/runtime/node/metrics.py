@@ -69,13 +69,18 @@ def _of_links(status: ClusterStatus) -> list[Metric]:
     rate_age = GaugeMetricFamily("shoal_link_rate_age_seconds", "How old that figure is.", labels=[*labels, "bound"])
     trip = GaugeMetricFamily("shoal_link_round_trip_seconds", "Round trip, mean.", labels=labels)
     trip_age = GaugeMetricFamily("shoal_link_round_trip_age_seconds", "How old that figure is.", labels=labels)
+    load = GaugeMetricFamily(
+        "shoal_link_load_bytes_per_second", "What was sent over it lately, beside control.", labels=labels
+    )
+    load_age = GaugeMetricFamily("shoal_link_load_age_seconds", "How old that figure is.", labels=labels)
     for link in status.links:
         values = [names.get(link.source, link.source[:8]), names.get(link.target, link.target[:8])]
         up.add_metric(values, float(link.state != "down"))
         bound = "least" if link.rate_bytes_per_s is not None and link.rate_bytes_per_s.is_lower_bound else ""
         _add_aged(rate, rate_age, [*values, bound], link.rate_bytes_per_s)
         _add_aged(trip, trip_age, values, link.round_trip_s)
-    return [up, rate, rate_age, trip, trip_age]
+        _add_aged(load, load_age, values, link.load_bytes_per_s)
+    return [up, rate, rate_age, trip, trip_age, load, load_age]
 
 
 def _of_this_device(status: ClusterStatus) -> list[Metric]:

@@ -15,22 +15,32 @@ from typing import NamedTuple, TypeVar
 from shoal.effects import Fact
 from shoal.ids import NodeId
 from shoal.membership.roster import MemberRemoved
+from shoal.network.estimate import MEMORY_S
+from shoal.network.facts import DeliveryObserved
+from shoal.network.graph import Link, LinkGraph
 from shoal.runtime.channel import Channel, connect_member
+from shoal.runtime.messages import Delivered
 from shoal.runtime.node.interpreter import Interpreter
 from shoal.runtime.node.links import DEFAULT_PORT
 from shoal.transport.secure import TrustStore
 
 _ANSWER_S = 5.0
+RATE_AGE_S_MAX = MEMORY_S
+"""An older rate than this is measured again for a plan."""
 
 Answer = TypeVar("Answer")
 
 
 class Neighbour(NamedTuple):
-    """A member that is here now, and where it may be dialled, the best address first."""
+    """A member that is here now, and where it may be dialled, the best address first.
+
+    `bytes_per_s` is what the link there carries, where it was measured lately; None: not known.
+    """
 
     node: NodeId
     name: str
     addresses: tuple[str, ...]
+    bytes_per_s: float | None = None
 
 
 class Neighbours:
@@ -73,15 +83,34 @@ class Neighbours:
         trust = await self._ask(lambda: self._node.links.trust)
         return await connect_member(neighbour.node, neighbour.addresses, trust, default_port=DEFAULT_PORT)
 
+    @property
+    def me(self) -> NodeId:
+        """This device."""
+        return self._node.me
+
+    def learn_delivery(self, delivered: Delivered) -> None:
+        """Has the cores told. Returns at once."""
+        fact = DeliveryObserved(
+            delivered.peer, delivered.num_bytes, delivered.seconds, delivered.is_full, delivered.round_trip_min_s
+        )
+        self._node.post(lambda: self._node.learn(fact))
+
     def _look(self) -> list[Neighbour]:
-        core, links = self._node.core, self._node.links
+        core, links, graph = self._node.core, self._node.links, self._node.graph()
         members = core.roster.roster.members
         found = [
-            Neighbour(node, members[node].name, links.ways_to(node))
+            Neighbour(node, members[node].name, links.ways_to(node), self._rate_to(node, graph))
             for node in core.trusted
             if node in members and core.presence.is_here(node)
         ]
         return sorted(found, key=lambda neighbour: (neighbour.name, neighbour.node))
+
+    def _rate_to(self, node: NodeId, graph: LinkGraph) -> float | None:
+        link = Link(self._node.me, node)
+        figures = graph.link(link)
+        if figures is None or figures.rate is None or figures.rate.is_lower_bound:
+            return None
+        return graph.capacity_bytes_per_s(link) if graph.age_s(figures.rate) <= RATE_AGE_S_MAX else None
 
     async def _ask(self, question: Callable[[], Answer]) -> Answer:
         answer: Future[Answer] = Future()

@@ -17,11 +17,11 @@ from concurrent.futures import Future
 from itertools import accumulate
 from math import inf
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
-from shoal.effects import Fact
+from shoal.effects import Fact, Observed
 from shoal.errors import (
     DeviceRefused,
     DeviceUnreachable,
@@ -45,8 +45,6 @@ from shoal.membership.roster import (
     UseInvitation,
     invitation_of,
 )
-from shoal.network.awareness import Awareness
-from shoal.network.facts import GraphChanged
 from shoal.network.graph import Figure, LinkGraph
 from shoal.runtime import errors_by_name
 from shoal.runtime.channel import split_address
@@ -114,7 +112,17 @@ class Pause(Request, frozen=True):
     is_paused: bool
 
 
-AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster | Pause
+class TellReceived(Request, frozen=True):
+    """A program of the owner's, such as a training run, received `num_bytes` from `source` in `seconds`; `is_full`: the link
+    was the limit. Answered by `Done`."""
+
+    source: NodeId
+    num_bytes: int
+    seconds: float
+    is_full: bool
+
+
+AnyRequest = AskCluster | MakeInvitation | JoinCluster | RemoveDevice | ConfirmDevice | LeaveCluster | Pause | TellReceived
 
 
 class Invitation(Answer, frozen=True):
@@ -236,7 +244,6 @@ class OwnerDesk:
     def __init__(self, interpreter: Interpreter) -> None:
         self._node = interpreter
         self._joining: _Joining | None = None
-        self._graph: LinkGraph | None = None
         self._changed_s: dict[NodeId, float] = {}
         self._decide_s = 0.0
         self._decided: Counter[float] = Counter()
@@ -260,9 +267,7 @@ class OwnerDesk:
 
     def learn(self, fact: Fact) -> None:
         """Goes on with what waits for it."""
-        if isinstance(fact, GraphChanged):
-            self._graph = fact.graph
-        elif isinstance(fact, MemberHere | MemberGone):
+        if isinstance(fact, MemberHere | MemberGone):
             self._changed_s[fact.node] = clock.now_s()
         elif isinstance(fact, Decided):
             self._decide_s += fact.decide_s
@@ -306,12 +311,21 @@ class OwnerDesk:
                 return self._pause(request.is_paused)
             case LeaveCluster():
                 return self._leave()
+            case TellReceived():
+                return self._learn_received(request)
 
     def _pause(self, is_paused: bool) -> Done:
         self._node.state.is_paused = is_paused
         if is_paused:
             return Done("paused: what runs goes on, others get nothing new; `shoal resume` ends it")
         return Done("resumed: others may use this device again")
+
+    def _learn_received(self, news: TellReceived) -> Done:
+        if news.num_bytes < 0 or not 0.0 < news.seconds < inf:
+            raise ValueError(f"{news.num_bytes} bytes in {news.seconds} s is no transfer")
+        if news.source in self._node.core.trusted:
+            self._node.step(Observed(news.source, self._node.me, news.num_bytes, news.seconds, saturated=news.is_full))
+        return Done("")
 
     def _say(self, link: ControlLink | None, answer: AnyAnswer) -> None:
         if link is not None:
@@ -471,11 +485,11 @@ class OwnerDesk:
         """Everything this device knows, now."""
         node, core = self._node, self._node.core
         roster = core.roster.roster
-        awareness = _awareness_of(core)
-        graph = awareness.graph(clock.now_s()) if awareness is not None else self._graph
+        graph = node.graph()
         counters = {
             **{name: getattr(node.links.counters, name) for name in node.links.counters.__struct_fields__},
             "num_events": node.num_events,
+            **{f"network_{name}": count for name, count in msgspec.structs.asdict(node.awareness.statistics).items()},
             **{f"probes_{name}": getattr(node.probes.counters, name) for name in node.probes.counters.__struct_fields__},
         }
         groups = {
@@ -506,9 +520,9 @@ class OwnerDesk:
         counts = accumulate(self._decided[bound_s] for bound_s in DECIDE_S)
         return Decisions(self._decided.total(), self._decide_s, dict(zip(DECIDE_S, counts, strict=True)))
 
-    def _member(self, device: Device, graph: LinkGraph | None) -> MemberStatus:
+    def _member(self, device: Device, graph: LinkGraph) -> MemberStatus:
         node, core, now_s = self._node, self._node.core, clock.now_s()
-        figures = next((each for each in graph.devices if each.device == device.node), None) if graph else None
+        figures = graph.device(device.node)
         resources = figures.resources if figures is not None else None
         is_me = device.node == node.me
         changed_s = self._changed_s.get(device.node)
@@ -536,9 +550,7 @@ class OwnerDesk:
             return "here, link cut"
         return watched.state.value
 
-    def _links(self, graph: LinkGraph | None) -> list[LinkStatus]:
-        if graph is None:
-            return []
+    def _links(self, graph: LinkGraph) -> list[LinkStatus]:
         now_s, me = clock.now_s(), self._node.me
         members = self._node.core.roster.roster.members
         found = []
@@ -562,10 +574,6 @@ class OwnerDesk:
 
 
 _NO_SAY = "this device was removed from its cluster, so it has no say there: join one by an invitation"
-
-
-def _awareness_of(core: Any) -> Awareness | None:
-    return next((each for each in core.capabilities if isinstance(each, Awareness)), None)
 
 
 def _short_name(members: dict[NodeId, Device], node: NodeId | None) -> str:
