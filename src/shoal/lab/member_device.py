@@ -1,7 +1,7 @@
 """One device of a cluster, in a process of its own, that obeys lines and tells facts: for measuring what real links, disks
 and clocks make of the cores.
 
-    python -m shoal.lab.member_device FOLDER NAME [--listen HOST:PORT] [--realtime] [--link-hold SECONDS]
+    python -m shoal.lab.member_device FOLDER NAME [--listen HOST:PORT] [--realtime] [--link-hold SECONDS] [--retry SECONDS]
 
 A line of JSON on standard input is a list, [verb, argument, ...]:
 
@@ -167,13 +167,14 @@ def main() -> None:
     parser.add_argument("--realtime", action="store_true")
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--link-hold", type=float, default=TIMING.link_hold_s)
+    parser.add_argument("--retry", type=float, default=TIMING.retry_s)
     arguments = parser.parse_args()
     speaker = _Speaker()
     options = NodeOptions(
         name=arguments.name,
         listen=split_address(arguments.listen, default_port=0),
         journal=arguments.journal,
-        timing=msgspec.structs.replace(TIMING, link_hold_s=arguments.link_hold),
+        timing=msgspec.structs.replace(TIMING, link_hold_s=arguments.link_hold, retry_s=arguments.retry),
         is_realtime=arguments.realtime,
     )
     told: list[MemberDevice] = []
