@@ -30,7 +30,7 @@ from typing import NamedTuple
 from shoal.errors import LinkClosed, LinkError, PeerNotTrusted, RemoteProtocolError
 from shoal.ids import NodeId
 from shoal.transport.identity import PUBLIC_KEY_BYTES
-from shoal.transport.secure import TrustStore, Unlisted, explain
+from shoal.transport.secure import NO_CALLS, TrustStore, Unlisted, direct_calls, explain
 
 VERSION = 1
 PREFACE_MAGIC = b"shoal" + bytes([VERSION])
@@ -42,7 +42,8 @@ FRAME_BYTES_MAX = 4 << 20
 STRANGER_FRAME_BYTES_MAX = 256 << 10
 """Room for 256 statements."""
 QUEUE_BYTES_MAX = 8 << 20
-_READ_BYTES = 64 << 10
+_READ_BYTES = 16 << 10
+"""Of one record of TLS; no call returns more."""
 
 
 class FrameKind(IntEnum):
@@ -110,6 +111,7 @@ class ControlLink:
         self._preface = bytearray()
         self._in = bytearray()
         self._out = bytearray()
+        self._calls = direct_calls(sock)
 
     # ---- making one
 
@@ -163,6 +165,7 @@ class ControlLink:
         """Ends it at once. Safe to call again."""
         self.stage = Stage.CLOSED
         self.wants_write = False
+        self._calls = NO_CALLS
         self.socket.close()
 
     # ---- the beginning
@@ -255,6 +258,7 @@ class ControlLink:
         if self._expected is not None and self.peer != self._expected:
             self.close()
             raise PeerNotTrusted(f"device {self.peer[:8]} answers where {self._expected[:8]} is expected")
+        self._calls = direct_calls(self.socket)
         self.stage = Stage.WELCOME
         return True
 
@@ -294,7 +298,7 @@ class ControlLink:
         out = self._out
         try:
             while out:
-                sent = self.socket.send(out)
+                sent = self._calls.send(out)
                 self.bytes_sent += sent
                 if sent == len(out):
                     out.clear()
@@ -315,8 +319,11 @@ class ControlLink:
             RemoteProtocolError: what came is no frame.
             PeerNotTrusted: the peer refuses our certificate.
         """
+        data = bytearray(_READ_BYTES)
         try:
-            data = self.socket.recv(_READ_BYTES)
+            del data[self._calls.receive(_READ_BYTES, data) :]
+        except ssl.SSLEOFError:
+            data.clear()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
             return []
         except OSError as error:

@@ -33,7 +33,7 @@ from shoal.transport.framing import (
     unpack_header,
 )
 from shoal.transport.identity import DeviceKeys, identify
-from shoal.transport.secure import TrustStore
+from shoal.transport.secure import NO_CALLS, TrustStore, direct_calls
 
 INLINE_BYTES_MAX = 64 * 1024
 """Frames up to this size are sent at once: a socket buffer of the usual 200 kB and more takes them without blocking."""
@@ -157,6 +157,7 @@ class Inbound:
 
     def __init__(self, sock: socket.socket, engine: EngineId) -> None:
         self._socket = sock
+        self._calls = direct_calls(sock)
         self._engine = engine
         self.bytes_received = 0
 
@@ -168,21 +169,31 @@ class Inbound:
             RemoteProtocolError: the frame is malformed; the link is closed.
         """
         # No frame is shorter than one token's, so one call reads a decode step whole and never into the next frame.
-        received = 0
-        wanted = frame.num_bytes_min
-        while received < HEADER.size:
-            received += _receive_some(self._socket, frame.buffer[received:wanted])
+        received = self._receive(frame.buffer, 0, HEADER.size, frame.num_bytes_min)
         try:
             frame.read_header(self._engine)
         except RemoteProtocolError:
             self.close()
             raise
         wanted = frame.num_bytes
-        while received < wanted:
-            received += _receive_some(self._socket, frame.buffer[received:wanted])
+        if received < wanted:
+            received = self._receive(frame.buffer, received, wanted, wanted)
         self.bytes_received += received
 
+    def _receive(self, buffer: memoryview, received: int, least: int, most: int) -> int:
+        """Goes on until at least `least` bytes are in the buffer, `most` at most; returns how many are."""
+        try:
+            while received < least:
+                count = self._calls.receive(most - received, buffer[received:])
+                if not count:
+                    raise LinkClosed("the previous device in the ring is gone (connection closed)")
+                received += count
+        except OSError as error:
+            raise LinkClosed(f"the previous device in the ring is gone ({error})") from error
+        return received
+
     def close(self) -> None:
+        self._calls = NO_CALLS
         _close(self._socket)
 
 
@@ -204,6 +215,7 @@ class Outbound:
     ) -> None:
         self._socket = sock
         self._watch = BulkWatch(sock, on_delivery, now_s=time.monotonic())
+        self._calls = direct_calls(sock)
         self._free: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         # Each is written by one thread only: what was handed to the sender thread, and what it has sent.
@@ -240,8 +252,7 @@ class Outbound:
     def _send(self, frame: Frame) -> None:
         try:
             rest = frame.buffer[: frame.num_bytes]
-            # With TLS, `sendall` is a loop in Python with more to it; a decode step leaves in one call.
-            while (sent := self._socket.send(rest)) < len(rest):
+            while (sent := self._calls.send(rest)) < len(rest):  # a decode step leaves in one call
                 rest = rest[sent:]
         except OSError as error:
             raise LinkClosed(f"the next device in the ring is gone ({error})") from error
@@ -270,6 +281,7 @@ class Outbound:
                 self._watch.look(time.monotonic())
 
     def close(self) -> None:
+        self._calls = NO_CALLS
         _close(self._socket)
         self._waiting.put(None)
         # It cannot be blocked any more: its socket is closed.

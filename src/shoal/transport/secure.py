@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -221,6 +221,34 @@ _RECORD_BYTES = 16 * 1024
 """Of TLS: OpenSSL takes no more at a time."""
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 """Needs no descriptor of its own, and where there is poll, has no highest one."""
+
+
+class DirectCalls(NamedTuple):
+    """What sends and receives on one connection, past the layers that Python's `ssl` puts around each call: with cold caches
+    they cost more than the encryption.
+
+    `send(data)` and `receive(num_bytes, target)` return how many bytes it was, `receive` 0 at the end. They raise OSError,
+    as the socket's own do. Not to be kept when the socket is closed: its descriptor may be another's then.
+    """
+
+    send: Callable[[Any], int]
+    receive: Callable[[int, Any], int]
+
+
+def direct_calls(sock: socket.socket) -> DirectCalls:
+    """Of a socket after its handshake, or of one without TLS."""
+    if type(sock) is ssl.SSLSocket:
+        inner: Any = sock._sslobj  # type: ignore[attr-defined]
+        return DirectCalls(inner.write, inner.read)
+    return DirectCalls(sock.send, lambda num_bytes, target: sock.recv_into(target, num_bytes))
+
+
+def _closed(*_: Any) -> int:
+    raise OSError("closed here")
+
+
+NO_CALLS = DirectCalls(_closed, _closed)
+"""Of a socket that is closed."""
 
 
 class Unlisted:
