@@ -15,7 +15,7 @@ import pytest
 from shoal.compute.backend import Backend
 from shoal.compute.model import Model, matrix_names
 from shoal.compute.stage import Stage
-from shoal.compute.streaming import BLOCK_BYTES, Streaming, UncachedFile, room_bytes, row_runs
+from shoal.compute.streaming import BLOCK_BYTES, Streaming, UncachedFile, room_bytes, row_runs, steady_rate
 from shoal.errors import BadModelFile
 from shoal.ids import LayerRange
 
@@ -179,3 +179,22 @@ def test_what_has_not_been_used_yet_is_not_lost(tiny_model: TinyModel, monkeypat
             assert stage.missing_bytes() == 0
             stage.forward(hidden, 0, window=window)
         assert stage.missing_bytes() == 4096
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.03, 0.06, 0.09])
+def test_a_disk_that_serves_in_lumps_has_its_own_rate(phase_s: float) -> None:
+    """70 MB/s in slices of 0.1 s, after two slices' worth at once; bytes by seconds say up to a third more."""
+    request_bytes, rate, slice_s = 4_000_000, 70e6, 0.1
+    elapsed_s, num_bytes, allowed = [0.0], [0], 2 * slice_s * rate
+    now_s, next_s = 0.0, slice_s - phase_s
+    while now_s < 0.75:
+        while allowed < request_bytes:
+            now_s, next_s, allowed = next_s, next_s + slice_s, allowed + slice_s * rate
+        now_s, allowed = now_s + 0.003, allowed - request_bytes
+        elapsed_s.append(now_s)
+        num_bytes.append(num_bytes[-1] + request_bytes)
+    assert steady_rate(elapsed_s, num_bytes, warm_up_s=0.1) == pytest.approx(rate, rel=0.06)
+
+
+def test_of_few_requests_all_count() -> None:
+    assert steady_rate([0.0, 0.02, 0.04, 0.06, 0.08], [0, 2, 4, 6, 8], warm_up_s=0.1) == pytest.approx(100.0)

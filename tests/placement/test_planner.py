@@ -163,3 +163,38 @@ def test_rounds_that_cannot_be() -> None:
         plan_of_rounds([31], cluster_of(9000, 9000), model_of())
     with pytest.raises(ValueError, match="2 rounds: a device alone goes round once"):
         plan_of_rounds([2], cluster_of(9000), model_of())
+
+
+def test_near_equal_devices_go_round_evenly() -> None:
+    names = [DeviceId(name) for name in ("head", "left", "middle", "right")]
+    devices = tuple(
+        DeviceProfile(
+            id=name,
+            free_bytes=620_000_000,
+            limit_bytes=620_000_000,
+            runtime_bytes=37_000_000,
+            times=LayerTimes(layer_s=layer_s, batch_layer_s=1.5, output_s=0.008),
+            disk=Disk(mode="direct", read_bytes_per_s=rate),
+        )
+        for name, layer_s, rate in zip(names, (0.052, 0.052, 0.043, 0.055), (81e6, 79e6, 69e6, 64e6), strict=True)
+    )
+    links = uniform_links(names, round_trip_s=0.003, bytes_per_s=50e6)
+    model = ModelProfile(
+        name="m",
+        layer_bytes=(76_734_464,) * 48,
+        output_bytes=13_762_560,
+        cache_bytes_per_token_and_layer=4096,
+        context=256,
+        hidden_bytes=16384,
+        stage_bytes=12_582_912,
+        micro_batch=64,
+    )
+    plan = make_plan(Cluster(devices=devices, links=links), model, prompt_tokens=4)
+    assert plan.num_rounds == 12
+    assert all(len(window) == 1 for stage in plan.stages for window in stage.windows)
+
+
+def test_streaming_must_be_worth_it() -> None:
+    """Here a plan that streams is predicted to be 3 % faster than the best without."""
+    scenario = draw_scenario(random.Random(34), scarcity="tight", num_devices=3, shape=SHAPES[0])
+    assert not make_plan(scenario.cluster, scenario.model).streamed_bytes

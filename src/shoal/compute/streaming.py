@@ -168,12 +168,7 @@ class _Piece:
 
 
 def measure_read_rate(path: Path, *, seconds: float = 0.75, warm_up_s: float = 0.1) -> float:
-    """Bytes per second of reads past the page cache, evenly over the file. Takes `seconds`, and at least four requests.
-
-    Shared disks serve in lumps: what a quiet reader has saved up comes at once, and then a whole slice of time's worth after
-    each slice. So what comes at first does not count, and a line through all that has arrived since gives the rate; bytes by
-    seconds are off by up to a lump at either end.
-    """
+    """Bytes per second of reads past the page cache, evenly over the file. Takes `seconds`, and at least four requests."""
     file = UncachedFile(path)
     try:
         request_bytes = min(REQUEST_BYTES, max(BLOCK_BYTES, file.num_bytes // BLOCK_BYTES * BLOCK_BYTES))
@@ -187,10 +182,20 @@ def measure_read_rate(path: Path, *, seconds: float = 0.75, warm_up_s: float = 0
                 place = (place + max(1, num_places * 5 // 13)) % num_places
                 done.append(done[-1] + file.read_into(target, place * request_bytes))
                 elapsed_s.append(time.perf_counter() - started_s)
-        first = min(bisect(elapsed_s, warm_up_s), len(done) - _REQUESTS_MIN)
-        return statistics.linear_regression(elapsed_s[first:], done[first:]).slope
+        return steady_rate(elapsed_s, done, warm_up_s=warm_up_s)
     finally:
         file.close()
+
+
+def steady_rate(elapsed_s: Sequence[float], num_bytes: Sequence[int], *, warm_up_s: float) -> float:
+    """Bytes per second where `num_bytes` have arrived in all after `elapsed_s`, both increasing, four of each at least.
+
+    Shared disks serve in lumps: what a quiet reader has saved up comes at once, and then a whole slice of time's worth after
+    each slice. So what comes in `warm_up_s` does not count where enough comes later, and a line through the rest gives the
+    rate; bytes by seconds are off by up to a lump at either end.
+    """
+    first = min(bisect(elapsed_s, warm_up_s), len(num_bytes) - _REQUESTS_MIN)
+    return statistics.linear_regression(elapsed_s[first:], num_bytes[first:]).slope
 
 
 def read_mode(path: Path) -> str:

@@ -3,7 +3,8 @@
 The program counts in mean layers and in bytes; the recurrence has true sizes, units and rings. So the cheapest plans of the
 program, one per number of rounds, are spread over windows, and then rings, boundaries and rounds are changed one at a time
 as long as the predicted cost falls. The published splits are starts as well, so that no plan is predicted to be slower than
-theirs. As baselines they get the same rings and the same recurrence, but keep their layers and rounds.
+theirs, unless it gives up a twentieth at most for reading nothing. As baselines they get the same rings and the same
+recurrence, but keep their layers and rounds.
 
     program (all k) -> windows -> moves under token_life -> Plan: who, what, how fast, what binds, who was left out and why
 """
@@ -309,12 +310,13 @@ class _Mover:
         self._prompt_tokens = prompt_tokens
 
     def best_as_it_stands(self, drafts: Iterable[_Draft]) -> _Draft | None:
+        """Without any move; None where none is known to fit."""
         lived = [each for draft in drafts if (each := self._try(draft)) is not None]
         return min(lived, key=lambda each: each.cost_s).draft if lived else None
 
     def best_of(self, drafts: Sequence[_Draft], also: _Draft | None) -> _Lived | None:
         """Moves the starts that are best as they stand, and `also`; those of which none is known to fit may be mended by
-        moves."""
+        moves. A plan that streams nothing is taken unless streaming is worth it."""
         starts = [(lived.cost_s if (lived := self._try(draft)) else math.inf, draft) for draft in drafts]
         starts.sort(key=lambda start: start[0])
         mended = [draft for cost_s, draft in starts if cost_s == math.inf]

@@ -236,9 +236,9 @@ class DirectCalls(NamedTuple):
 
 
 def direct_calls(sock: socket.socket) -> DirectCalls:
-    """Of a socket after its handshake, or of one without TLS."""
-    if type(sock) is ssl.SSLSocket:
-        inner: Any = sock._sslobj  # type: ignore[attr-defined]
+    """Of a socket after its handshake, or of one without TLS; its own calls, where this Python has others within."""
+    inner: Any = getattr(sock, "_sslobj", None)
+    if type(sock) is ssl.SSLSocket and inner is not None:
         return DirectCalls(inner.write, inner.read)
     return DirectCalls(sock.send, lambda num_bytes, target: sock.recv_into(target, num_bytes))
 
