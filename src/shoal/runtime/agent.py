@@ -65,6 +65,7 @@ from shoal.runtime.messages import (
 from shoal.runtime.model_store import ModelStore
 from shoal.runtime.node.neighbours import Neighbour
 from shoal.runtime.profile import num_physical_cores, usable_memory_bytes
+from shoal.runtime.refresh import ProfileRefresh
 from shoal.runtime.text_workers import TextWorkers
 from shoal.runtime.worker_process import WorkerProcess
 from shoal.transport.link import listen
@@ -94,7 +95,12 @@ class Agent:
         self._options = options
         self._device = DeviceId(options.name)
         self._store = ModelStore(list(options.model_folders))
-        self._engines = Engines(options, self._store, cluster=lambda: self.cluster, known=self._known)
+        self._refresh = ProfileRefresh(
+            is_free=self._is_free, memory_bytes=lambda: usable_memory_bytes(options.memory_limit_bytes)
+        )
+        self._engines = Engines(
+            options, self._store, cluster=lambda: self.cluster, known=self._known, on_start=self._refresh.note
+        )
         self._texts = TextWorkers()
         self._counters = _Counters()
         self._server: asyncio.Server | None = None
@@ -115,6 +121,7 @@ class Agent:
         self.port = sock.getsockname()[1]
         self._server = await asyncio.start_server(self._welcome, sock=sock, limit=MESSAGE_BYTES_MAX)
         self._engines.start()
+        self._keep(self._refresh.run())
 
     async def stop(self) -> None:
         """Closes the door and ends every engine and worker."""
@@ -341,6 +348,10 @@ class Agent:
         if self.cluster is not None:
             self.cluster.learn_delivery(delivered)
 
+    def _is_free(self) -> bool:
+        """Whether no worker is at work here, for whomever."""
+        return not (self._counters.leases or self._engines.models() or self.is_paused())
+
     async def _lease(self, channel: Channel, start: StartWorker) -> None:
         """Runs a worker for another device's head, for as long as this connection lasts."""
         if self.is_paused():
@@ -359,6 +370,7 @@ class Agent:
                 ring_host=channel.own_host or self._options.host,
                 encrypts=start.encrypts or (channel.node is not None and not self._options.has_plain_frames),
             )
+            self._refresh.note(own_start)
             await worker.send(own_start)
             await _relay(channel, worker)
         finally:

@@ -131,13 +131,16 @@ class Engines:
         *,
         cluster: Callable[[], Cluster | None],
         known: Callable[[Channel], contextlib.AbstractContextManager[None]],
+        on_start: Callable[[StartWorker], None],
     ) -> None:
-        """`known` wraps a conversation with a member that ends with its membership."""
+        """`known` wraps a conversation with a member that ends with its membership; `on_start` is told when a worker is
+        about to start on this device."""
         self._options = options
         self._device = DeviceId(options.name)
         self._store = store
         self._cluster = cluster
         self._known = known
+        self._on_start = on_start
         self._standing: dict[Key, tuple[Engine, _Order]] = {}
         self._deploying = asyncio.Lock()
         self._replanning = asyncio.Lock()
@@ -257,7 +260,9 @@ class Engines:
             await guests.release()
             raise
         node = cluster.me if (cluster := self._cluster()) is not None else None
-        own = _OwnMember(self._device, self._ring_host(guests.members), worker, order.path, node=node)
+        own = _OwnMember(
+            self._device, self._ring_host(guests.members), worker, order.path, node=node, on_start=self._on_start
+        )
         return await deploy(
             [own, *guests.members],
             own,
@@ -409,13 +414,23 @@ def _key_of(model: ModelFile, options: EngineOptions) -> Key:
 class _OwnMember(OwnMember):
     """This device's worker, which is told the path of the model that others know by its hash."""
 
-    def __init__(self, device: DeviceId, host: str, worker: WorkerProcess, path: Path, *, node: NodeId | None) -> None:
+    def __init__(
+        self,
+        device: DeviceId,
+        host: str,
+        worker: WorkerProcess,
+        path: Path,
+        *,
+        node: NodeId | None,
+        on_start: Callable[[StartWorker], None],
+    ) -> None:
         super().__init__(device, host, worker, node=node)
-        self._path = path
+        self._path, self._on_start = path, on_start
 
     async def ask(self, message: Message, kind: type[Any], *, timeout_s: float) -> Any:
         if isinstance(message, StartWorker):
             message = msgspec.structs.replace(message, model_path=str(self._path), ring_host=self.host)
+            self._on_start(message)
         return await super().ask(message, kind, timeout_s=timeout_s)
 
 

@@ -1,7 +1,8 @@
 """What a device measured of itself with a model, kept: measuring as a plan deserves takes seconds, starts should not.
 
 A profile holds for one content of a model on one disk, with the settings and the processor it was measured with, for a
-week; for ten minutes where the device was busy meanwhile, as its spread shows.
+week; for ten minutes where the device was busy meanwhile, as its spread shows. Until then it is measured again in a quiet
+moment (`refresh.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import msgspec
 from shoal import __version__
 from shoal.ids import ModelHash
 from shoal.runtime.kept import KeptRecords
-from shoal.runtime.messages import AcceleratorReport
+from shoal.runtime.messages import AcceleratorReport, StartWorker
+from shoal.runtime.profile import num_physical_cores
 
 KEPT_FOR_S, KEPT_BUSY_FOR_S = 7 * 86400.0, 600.0
+DUE_AFTER_S = 86400.0
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +52,18 @@ def profile_key(
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def key_of_start(start: StartWorker, path: Path) -> str:
+    """The key of what a worker measures that is started with this, for the model file at `path`. Raises OSError."""
+    return profile_key(
+        path,
+        start.model.hash,
+        compute_device=start.compute_device,
+        num_threads=start.num_threads,
+        num_cores=num_physical_cores(),
+        repack=start.repack,
+    )
+
+
 class KeptProfiles:
     """Profiles of this device, by `profile_key`."""
 
@@ -63,6 +78,14 @@ class KeptProfiles:
             return None
         kept_for_s = KEPT_FOR_S if measured.is_steady else KEPT_BUSY_FOR_S
         return measured if 0.0 <= now_s - measured.measured_s <= kept_for_s else None
+
+    def is_due(self, key: str, *, now_s: float) -> bool:
+        """Whether there is or was one that had better be measured again when the device is quiet."""
+        try:
+            measured = msgspec.convert(self._records.get(key), Measured)
+        except msgspec.ValidationError:
+            return False
+        return not measured.is_steady or not 0.0 <= now_s - measured.measured_s <= DUE_AFTER_S
 
     def keep(self, key: str, measured: Measured) -> None:
         """Keeps it, in the place of an older one."""

@@ -38,7 +38,7 @@ from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
 from shoal.runtime.free_memory import PageFaults, available_bytes
-from shoal.runtime.kept_profiles import KeptProfiles, Measured, profile_key
+from shoal.runtime.kept_profiles import KeptProfiles, Measured, key_of_start
 from shoal.runtime.messages import (
     AcceleratorReport,
     AnyMessage,
@@ -59,7 +59,7 @@ from shoal.runtime.messages import (
     decode,
     encode,
 )
-from shoal.runtime.profile import MEMORY_SHARE, ComputeProfile, num_physical_cores, own_bytes
+from shoal.runtime.profile import MEMORY_SHARE, ComputeProfile, own_bytes
 from shoal.runtime.ring import RingHead, RingStage, ThreadCounts, frame_shape
 from shoal.runtime.texts import ModelTexts
 from shoal.transport.delivery import Delivery
@@ -203,15 +203,7 @@ class Worker:
         path = self._model.path
         # A small model starts at once, and is hardly worth more than knowing which number of threads suits it.
         is_thorough = start.for_plan or path.stat().st_size >= _THOROUGH_BYTES
-        key = profile_key(
-            path,
-            start.model.hash,
-            compute_device=start.compute_device,
-            num_threads=start.num_threads,
-            num_cores=num_physical_cores(),
-            repack=start.repack,
-        )
-        kept = KeptProfiles()
+        key, kept = key_of_start(start, path), KeptProfiles()
         found = None if start.fresh else kept.find(key, now_s=time.time())
         measured = found
         if measured is None or (start.head and not measured.is_complete):

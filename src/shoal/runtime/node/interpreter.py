@@ -70,6 +70,7 @@ from shoal.runtime.node.discovery import Discovery, Sighting, cluster_tag
 from shoal.runtime.node.links import DEFAULT_PORT, Links, message_frame
 from shoal.runtime.node.probes import Probes
 from shoal.runtime.node.state import DeviceState
+from shoal.runtime.power import is_on_mains
 from shoal.transport.control import AS_PROBE, ControlLink, FrameKind
 from shoal.transport.link import listen
 from shoal.transport.probe import Probe
@@ -544,7 +545,7 @@ class Interpreter:
     def _look(self) -> None:
         """Tells the cores what only this device can see."""
         self._look_at_s = clock.now_s() + _LOOK_EVERY_S
-        battery = _on_mains()
+        battery = is_on_mains()
         free_bytes = psutil.virtual_memory().available
         self.step(Learned(ResourcesObserved(free_bytes, 1.0 - psutil.cpu_percent() / 100.0, battery)))
         self.tell_addresses()
@@ -594,12 +595,3 @@ class Interpreter:
         self._awake.close()
         self._waker.close()
         self.state.close()
-
-
-def _on_mains() -> bool | None:
-    sensors = getattr(psutil, "sensors_battery", None)
-    with suppress(OSError, RuntimeError, NotImplementedError):
-        battery = sensors() if sensors is not None else None
-        if battery is not None:
-            return bool(battery.power_plugged)
-    return None
