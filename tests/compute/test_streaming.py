@@ -181,6 +181,19 @@ def test_what_has_not_been_used_yet_is_not_lost(tiny_model: TinyModel, monkeypat
         assert stage.missing_bytes() == 4096
 
 
+def test_an_output_projection_that_only_embeddings_pass_by_is_not_lost(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tiny_model("llama", "Q4_0"), None) as stage:
+        total_bytes, output_bytes = stage.weights.mapped_bytes, stage.model.output_bytes
+        monkeypatch.setattr(stage.model.file, "missing_bytes", lambda infos: sum(info.num_bytes for info in infos))
+        hidden = np.zeros((1, stage.model.shape.hidden_size), np.float32)
+        stage.forward(hidden, 0, wants_hidden=True)
+        assert stage.missing_bytes() == total_bytes - output_bytes
+        stage.forward(hidden, 0)
+        assert stage.missing_bytes() == total_bytes
+
+
 @pytest.mark.parametrize("phase_s", [0.0, 0.03, 0.06, 0.09])
 def test_a_disk_that_serves_in_lumps_has_its_own_rate(phase_s: float) -> None:
     """70 MB/s in slices of 0.1 s, after two slices' worth at once; bytes by seconds say up to a third more."""

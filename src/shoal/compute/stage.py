@@ -136,6 +136,7 @@ class Stage:
             return x_BD
         self._unseen.discard(window)
         wanted = num_tokens if not self._ends(window) or num_outputs is None else num_outputs
+        self._has_projected |= self._ends(window) and not wants_hidden and wanted > 0
         shape = _GraphShape(num_tokens, _cells(position + num_tokens), wanted, wants_hidden, window)
         output_BD = self._graph(shape).run(self.backend, x_BD, position, keep=more and self.holds_windows)
         if self._prefetch is not None and not more:
@@ -222,9 +223,12 @@ class Stage:
         )
         self._unseen = {window for window, names in enumerate(by_window) if names}
         """Windows whose weights may still have to come from disk for the first time."""
+        self._has_projected = False
+        """Whether the output projection has been used: for embeddings it never is."""
         if streaming is not None:
             model.file.keep_resident(resident)
             self._unseen.clear()
+            self._has_projected = True
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
@@ -245,10 +249,11 @@ class Stage:
         self._layer_tensors = self._tensors_of_layers()
 
     def missing_bytes(self) -> int:
-        """Of the mapped weights that stay, how much the system has taken; 0 until all of them have been used once."""
+        """Of the mapped weights that stay, how much the system has taken; 0 until each window has been used once."""
         if self._unseen:
             return 0
-        return self.model.file.missing_bytes(self.weights.mapped)
+        unread = () if self._has_projected else (self.model.output_name,)
+        return self.model.file.missing_bytes(info for info in self.weights.mapped if info.name not in unread)
 
     def _drop_graphs(self) -> None:
         for graph in self._graphs.values():
