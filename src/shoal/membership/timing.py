@@ -53,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True):
             silence_s=max(1.75, 1.5 + 2 * round_trip_p99_s),
             witness_s=max(0.3, 2.5 * round_trip_p99_s),
             lead_every_s=lease_s / 4,
+            widen_s=round_trip_p99_s,
             lease_s=lease_s,
             stagger_s=max(0.05, round_trip_p99_s),
             suspend_s=2.5 * lease_s,
