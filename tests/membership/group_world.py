@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from shoal.effects import Announce, Commanded, Effect, Event, Fact, Message, Received, Send, TimerFired
 from shoal.ids import GroupId, NodeId
 from shoal.membership.failure import MemberGone, MemberHere
+from shoal.membership.group.ballot import is_quorum
 from shoal.membership.group.core import GroupCore
 from shoal.membership.group.facts import CreateGroup, JoinGroup, Recover, ReportProgress
 from shoal.membership.group.table import LEADERS, RECEPTIONS, ROLE, STANDING, Role, Standing
@@ -68,6 +69,8 @@ class CheckedGroupCore(GroupCore):
     _unwritten_kinds: set[type[Message]]
 
     def _has_listeners(self, kind: type[Message]) -> bool:
+        if kind is Propose and is_quorum(self.committed, [self.me]):
+            return False  # nobody else needs to be asked
         others = {*self.committed.voters, *(member.node for member in self.committed.members)} - {self.me}
         return bool(others) and kind not in (AskJoin, GroupHeartbeat)
 

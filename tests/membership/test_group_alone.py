@@ -46,6 +46,7 @@ from shoal.membership.messages import (
     LinkReport,
     Member,
     Part,
+    Propose,
     Record,
     Scope,
     Stale,
@@ -56,7 +57,7 @@ from shoal.membership.timing import Timing
 
 GROUP = GroupId("run")
 TIMING = Timing()
-A, B, C, D = (NodeId(name) for name in "abcd")
+A, B, C, D, E = (NodeId(name) for name in "abcde")
 
 
 class Seat:
@@ -293,6 +294,50 @@ def settle(seat: Seat) -> None:
 def ack(seat: Seat, node: NodeId, step: int = 0, *, ready: bool = False, incarnation: int = 1) -> None:
     seat.hear(node, GroupHeartbeatAck(seat.scope(seat.core.term), 1, incarnation, step, ready))
     settle(seat)
+
+
+def report_of_a_cut(seat: Seat) -> set[NodeId]:
+    """Has the leader propose something; returns whom it asks."""
+    sent = seat.hear(A, LinkReport(seat.scope(seat.core.term), C, A, False))
+    return {to for to, message in sent if isinstance(message, Propose)}
+
+
+def test_those_who_answer_soonest_are_asked_first_and_the_others_if_that_is_not_enough() -> None:
+    seat = leading(A, C, D, E)
+    seat.wait(0.1)
+    (sequence,) = {each.sequence for _, each in seat.sent if isinstance(each, GroupHeartbeat)}
+    for node, after_s in ((E, 0.001), (A, 0.001), (D, 0.02), (C, 0.02)):
+        seat.now_s += after_s
+        seat.hear(node, GroupHeartbeatAck(seat.scope(seat.core.term), sequence, 1, 0, False))
+    seat.wait(0.1)
+    assert report_of_a_cut(seat) == {A, E}, "three of five voters, the leader among them"
+    seat.hear(A, Acknowledge(seat.scope(seat.core.term), seat.core._proposal_hash))
+    assert {to for to, message in seat.wait(TIMING.widen_s) if isinstance(message, Propose)} == {C, D, E}
+    assert not any(isinstance(message, Propose) for _, message in seat.wait(TIMING.widen_s)), "the next heartbeat asks again"
+    settle(seat)
+    assert (C, A) in seat.core.committed.cut_links
+
+
+def test_who_is_not_here_is_not_asked_first() -> None:
+    seat = leading(A, C)
+    seat.wait(0.1)
+    seat.hear(A, GroupHeartbeatAck(seat.scope(seat.core.term), seat.core._sequence, 1, 0, False))
+    seat.learn(MemberGone(A, 1))
+    assert {to for to, message in seat.sent if isinstance(message, Propose)} == {C}
+
+
+def test_a_heartbeat_waits_for_the_decision() -> None:
+    seat = leading(A, C)
+    seat.wait(0.1)
+    seat.now_s += TIMING.lead_every_s - 0.001
+    report_of_a_cut(seat)
+    assert not any(isinstance(message, GroupHeartbeat) for _, message in seat.wait(0.002))
+    sent = seat.hear(A, Acknowledge(seat.scope(seat.core.term), seat.core._proposal_hash))
+    assert {type(message) for _, message in sent} == {Commit, GroupHeartbeat}
+    report = LinkReport(seat.scope(seat.core.term), C, A, True)
+    seat.now_s += TIMING.lead_every_s - 0.001
+    seat.hear(A, report)
+    assert any(isinstance(message, GroupHeartbeat) for _, message in seat.wait(TIMING.lead_every_s / 4)), "but not for long"
 
 
 def part_of(seat: Seat, node: NodeId) -> Part | None:

@@ -17,9 +17,11 @@ from tests.simulation import planted
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_six_hundred_seeds_break_no_invariant_and_every_state_meets_every_fault() -> None:
+def test_hundreds_of_seeds_break_no_invariant_and_every_state_meets_every_fault() -> None:
     coverage: Counter[tuple[str, str, str]] = Counter()
     for seed in range(COVERING_SEEDS):
+        if seed >= 600 and not missing_pairs(coverage):
+            break
         outcome = run_plan(draw_plan(seed))
         assert outcome.failure is None, f"seed {seed}: {explain(shrink(outcome))}"
         coverage.update(outcome.checkers.coverage)
@@ -40,7 +42,7 @@ def _forgetful(plan: Plan) -> Plan:
     ("make_node", "checkers", "seeds_max", "change"),
     [
         (planted.with_group(planted.StaleTimer), {"calm", "settles (I8, I10)"}, 20, None),
-        (planted.with_group(planted.DoubleVote), {"one leader", "one child (I1)"}, 600, None),
+        (planted.with_group(planted.DoubleVote), {"one leader", "one child (I1)"}, 1500, None),
         (planted.with_group(planted.LostCommit), {"one child (I1)", "one leader", "step once (I2)"}, 400, None),
         (
             planted.with_group(planted.VoteWithoutFile),

@@ -29,6 +29,8 @@ class Timing(msgspec.Struct, frozen=True):
     """The leader's heartbeat."""
     lease_s: float = 0.4
     """Without the leader for so long, a member may vote for another; without a quorum, a leader steps down."""
+    widen_s: float = 0.002
+    """A proposal goes to a quorum first. The other voters are asked after so long, if it is still not decided then."""
     stagger_s: float = 0.05
     """The second voter in line stands so much later than the first, the third twice."""
     suspend_s: float = 1.0
@@ -51,6 +53,7 @@ class Timing(msgspec.Struct, frozen=True):
             silence_s=max(1.75, 1.5 + 2 * round_trip_p99_s),
             witness_s=max(0.3, 2.5 * round_trip_p99_s),
             lead_every_s=lease_s / 4,
+            widen_s=round_trip_p99_s,
             lease_s=lease_s,
             stagger_s=max(0.05, round_trip_p99_s),
             suspend_s=2.5 * lease_s,

@@ -30,8 +30,8 @@ TIMING = Timing(stranger_s=4.0, stamp_every_s=2.0, stamp_valid_s=60.0, hold_s=2.
 
 PAIRS = tuple((machine, state, fault) for machine, states in STATES.items() for state in states for fault in FAULTS)
 """What the swarm must cover."""
-COVERING_SEEDS = 600
-"""So many seeds let every state meet every fault: each pair is laid in ambush six times, and not every ambush is met."""
+COVERING_SEEDS = 1500
+"""So many seeds let every state meet every fault: each pair is laid in ambush fifteen times, and not every ambush is met."""
 
 
 # ---- drawing

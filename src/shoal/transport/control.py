@@ -319,11 +319,10 @@ class ControlLink:
             RemoteProtocolError: what came is no frame.
             PeerNotTrusted: the peer refuses our certificate.
         """
-        data = bytearray(_READ_BYTES)
         try:
-            del data[self._calls.receive(_READ_BYTES, data) :]
+            data = self._calls.read(_READ_BYTES)
         except ssl.SSLEOFError:
-            data.clear()
+            data = b""
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
             return []
         except OSError as error:

@@ -227,27 +227,29 @@ class DirectCalls(NamedTuple):
     """What sends and receives on one connection, past the layers that Python's `ssl` puts around each call: with cold caches
     they cost more than the encryption.
 
-    `send(data)` and `receive(num_bytes, target)` return how many bytes it was, `receive` 0 at the end. They raise OSError,
-    as the socket's own do. Not to be kept when the socket is closed: its descriptor may be another's then.
+    `send(data)` and `receive(num_bytes, target)` return how many bytes it was, `receive` 0 at the end; `read(num_bytes)`
+    returns them. They raise OSError, as the socket's own do. Not to be kept when the socket is closed: its descriptor may
+    be another's then.
     """
 
     send: Callable[[Any], int]
     receive: Callable[[int, Any], int]
+    read: Callable[[int], bytes]
 
 
 def direct_calls(sock: socket.socket) -> DirectCalls:
     """Of a socket after its handshake, or of one without TLS; its own calls, where this Python has others within."""
     inner: Any = getattr(sock, "_sslobj", None)
     if type(sock) is ssl.SSLSocket and inner is not None:
-        return DirectCalls(inner.write, inner.read)
-    return DirectCalls(sock.send, lambda num_bytes, target: sock.recv_into(target, num_bytes))
+        return DirectCalls(inner.write, inner.read, inner.read)
+    return DirectCalls(sock.send, lambda num_bytes, target: sock.recv_into(target, num_bytes), sock.recv)
 
 
-def _closed(*_: Any) -> int:
+def _closed(*_: Any) -> Any:
     raise OSError("closed here")
 
 
-NO_CALLS = DirectCalls(_closed, _closed)
+NO_CALLS = DirectCalls(_closed, _closed, _closed)
 """Of a socket that is closed."""
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -60,8 +61,9 @@ def read_file(data: bytes) -> GroupFile:
         raise DamagedFile(f"no file of a group of this version: {error}") from error
 
 
+@lru_cache(maxsize=64)
 def record_hash(record: Record) -> str:
-    """Names a record by its contents, 16 hexadecimal digits."""
+    """Names a record by its contents, 16 hexadecimal digits. Kept: a leader wants its parent's while a decision waits."""
     return hashlib.blake2b(_encoder.encode(record), digest_size=8).hexdigest()
 
 
@@ -71,9 +73,9 @@ def is_quorum(record: Record, voters: Iterable[NodeId]) -> bool:
     Source: Jajodia and Mutchler, dynamic-linear voting (1990).
     """
     chosen = record.voters
-    agreed = set(voters)
-    count = sum(voter in agreed for voter in chosen)
-    return 2 * count > len(chosen) or (2 * count == len(chosen) and count > 0 and chosen[0] in agreed)
+    agreed = set(chosen).intersection(voters)
+    twice = 2 * len(agreed)
+    return twice > len(chosen) or (twice == len(chosen) and twice > 0 and chosen[0] in agreed)
 
 
 def quorum_since(record: Record, heard_s: Mapping[NodeId, float]) -> float:

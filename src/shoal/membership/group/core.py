@@ -6,6 +6,8 @@ of the epoch, so a group is a chain of single decisions (Paxos), not a log:
 * a voter puts (term, record) on disk, then acknowledges; it does so for the highest term it knows, and votes once per term;
 * a record acknowledged by a quorum of its parent's voters is committed. A quorum is more than half, or exactly half with the
   first voter: two quorums of one epoch always share a voter;
+* those voters are asked first who answer soonest, as many as make a quorum, and the others a moment later if that was not
+  enough, so that a decision wakes fewer devices;
 * a new leader asks a quorum what they acknowledged, and proposes the one of the highest term again, unchanged.
 
 Two points are easy to get wrong. After proposing somebody else's record again, a leader asks for votes anew: others may
@@ -145,6 +147,12 @@ class GroupCore:
         self._acks: set[NodeId] = set()
         self._audience: list[NodeId] = []
         self._acked_s: dict[NodeId, float] = {}
+        self._answer_s: dict[NodeId, float] = {}
+        """How long each took to answer the last heartbeat that it answered."""
+        self._first_asked: tuple[Record, list[NodeId]] | None = None
+        """Who is asked first for the child of that record, chosen before a decision waits for it."""
+        self._widen_at_s = _NEVER
+        """When the other voters are asked too."""
         self._missed_s: dict[NodeId, float] = {}
         self._voteless: set[NodeId] = set()
         """Who answers, but may not vote: it lost its file."""
@@ -293,7 +301,7 @@ class GroupCore:
 
     def _arm(self) -> None:
         """One timer for the earliest deadline. A deadline that moved back is found out when the timer fires early."""
-        due_s = min(self._lead_at_s, self._stand_at_s, self._retry_at_s, self._checkpoint_at_s)
+        due_s = min(self._lead_at_s, self._stand_at_s, self._retry_at_s, self._checkpoint_at_s, self._widen_at_s)
         if self.standing is Standing.RUNNING and self.role not in NOT_IN:
             due_s = min(due_s, self._contact_s + self.timing.suspend_s + 0.001)
         if due_s < self._armed_s and due_s != _NEVER:
@@ -311,6 +319,8 @@ class GroupCore:
                 self._stand()
             else:
                 self._stand_at_s = self._lease_until_s + self._stand_delay_s()
+        if now_s >= self._widen_at_s:
+            self._ask_the_rest()
         if now_s >= self._lead_at_s:
             self._lead()
         if now_s >= self._retry_at_s:
@@ -568,11 +578,10 @@ class GroupCore:
         self._sent_s.append((self._sequence, now_s))
         heartbeat = GroupHeartbeat(self._scope(), self._sequence, self._quorum_age_s())
         self._send([member.node for member in self.committed.members], heartbeat)
+        self._first_asked = (self.committed, self._enough_voters())
         if self._sequence % _BEATS_PER_NEWS == 0:
             self._tell_outsiders()
-        if self._proposal is not None:
-            missing = [voter for voter in self.committed.voters if voter not in self._acks]
-            self._send(missing, Propose(self._scope(), self._proposal))
+        self._ask_the_rest()
         for member in self.committed.members:
             silent_s = now_s - self._acked_s.setdefault(member.node, now_s)
             if silent_s <= timing.lease_s or member.node == self.me or member.node in self.changes.gone:
@@ -611,6 +620,7 @@ class GroupCore:
         for sequence, sent_s in reversed(self._sent_s):
             if sequence == message.sequence:
                 self._acked_s[peer] = max(sent_s, self._acked_s.get(peer, sent_s))
+                self._answer_s[peer] = self._now_s - sent_s
                 break
         (self._voteless.discard if message.is_voter else self._voteless.add)(peer)
         self.changes.gone.pop(peer, None)
@@ -637,11 +647,35 @@ class GroupCore:
         self._acks = set()
         self._proposed_s = self._now_s
         # The others may write while this device does: their word does not rest on its own.
-        self._send(self.committed.voters, Propose(self._scope(), record))
+        chosen = self._first_asked
+        enough = chosen[1] if chosen is not None and chosen[0] is self.committed else self._enough_voters()
+        self._send(enough, Propose(self._scope(), record))
+        self._widen_at_s = self._now_s + self.timing.widen_s
+        if self.role is Role.PROPOSING:
+            # A heartbeat that is due goes out with the commit: everyone's answers to it would come before the voters'.
+            self._lead_at_s = max(self._lead_at_s, self._now_s + self.timing.lead_every_s / 4)
         if self.can_vote():
             self.ballot.accept(self.term, record, self.me)
             acknowledgement = Acknowledge(self._scope(), self._proposal_hash)
             self._send_when_stored(self._store(), self.me, acknowledgement)
+
+    def _enough_voters(self) -> list[NodeId]:
+        """Who is asked first: as many as it takes, of those who are here whoever answers soonest."""
+        record, enough = self.committed, [self.me] if self.can_vote() else []
+        others = [voter for voter in record.voters if voter != self.me]
+        others.sort(key=lambda node: (node not in self._here, node in self._voteless, self._answer_s.get(node, _NEVER)))
+        for voter in others:
+            if is_quorum(record, enough):
+                break
+            enough.append(voter)
+        return enough
+
+    def _ask_the_rest(self) -> None:
+        """Asks every voter that has not acknowledged; some may have lost the proposal, or never had it."""
+        self._widen_at_s = _NEVER
+        if self._proposal is not None:
+            missing = [voter for voter in self.committed.voters if voter not in self._acks]
+            self._send(missing, Propose(self._scope(), self._proposal))
 
     # ---- deciding
 
@@ -833,6 +867,7 @@ class GroupCore:
             self._check_links()
         elif isinstance(fact, MemberGone):
             self._here.pop(fact.node, None)
+            self._first_asked = None
             self.links.forget(fact.node)
             self.changes.gone[fact.node] = fact.incarnation
             if fact.node == self.leader and self.role is Role.FOLLOWING:

@@ -120,7 +120,7 @@ class Disk:
                 return
             start = offset + _HEAD.size
             key = bytes(data[start : start + key_bytes]).decode(errors="replace")
-            self._keep(key, bytes(data[start + key_bytes : stop]))
+            self._keep(key, key_bytes, bytes(data[start + key_bytes : stop]))
             offset = stop
 
     def _note_damage(self, offset: int) -> None:
@@ -134,12 +134,12 @@ class Disk:
                 self.values[key] = b""  # a promise may be missing
         self.values[_LOST_ROSTER] = b""
 
-    def _keep(self, key: str, value: bytes) -> None:
+    def _keep(self, key: str, key_bytes: int, value: bytes) -> None:
         before = self.values.get(key)
         if before is not None:
-            self._live_bytes -= _HEAD.size + len(key.encode()) + len(before)
+            self._live_bytes -= _HEAD.size + key_bytes + len(before)
         self.values[key] = value
-        self._live_bytes += _HEAD.size + len(key.encode()) + len(value)
+        self._live_bytes += _HEAD.size + key_bytes + len(value)
 
     # ---- writing
 
@@ -152,7 +152,7 @@ class Disk:
             os.truncate(file, self._bytes)  # or all that comes later would be unreadable
             raise OSError(f"only {written} of {len(record)} bytes were taken: is the disk full?")
         self._bytes += written
-        self._keep(key, value)
+        self._keep(key, len(name), value)
 
     def _write_anew(self) -> None:
         """All that counts, in a new file that takes the place of the old one when it is safe."""

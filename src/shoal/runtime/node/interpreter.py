@@ -76,9 +76,9 @@ from shoal.transport.link import listen
 from shoal.transport.probe import Probe
 from shoal.transport.secure import TrustStore
 
-TIMING = Timing(heartbeat_s=0.15, silence_s=0.5, witness_s=0.15)
+TIMING = Timing(heartbeat_s=0.2, silence_s=0.5, witness_s=0.15)
 """On TCP no single heartbeat is lost, so silence means something sooner than on a network that loses messages: a frozen
-device is known after silence_s + heartbeat_s + witness_s at the latest, 0.8 s."""
+device is known after silence_s + heartbeat_s + witness_s at the latest, 0.85 s."""
 JOURNAL_BYTES_MAX = 256 << 20
 _LOOK_EVERY_S = 2.0
 """How often this device looks at itself: memory, addresses."""
