@@ -350,7 +350,7 @@ class Agent:
 
     def _is_free(self) -> bool:
         """Whether no worker is at work here, for whomever."""
-        return not (self._counters.leases or self._engines.models() or self.is_paused())
+        return self._engines.is_idle() and not self._counters.leases and not self.is_paused()
 
     async def _lease(self, channel: Channel, start: StartWorker) -> None:
         """Runs a worker for another device's head, for as long as this connection lasts."""

@@ -164,6 +164,10 @@ class Engines:
         """Names of the models that are loaded."""
         return [engine.description.model for engine, _ in self._standing.values() if not engine.is_lost]
 
+    def is_idle(self) -> bool:
+        """Whether none stands, nor is being made."""
+        return not self._deploying.locked() and not self.models()
+
     async def answer(self, request: Generate | Embed, send: Send) -> None:
         """Sends the engine's description and what its worker says.
 

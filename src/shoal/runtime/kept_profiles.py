@@ -72,20 +72,24 @@ class KeptProfiles:
 
     def find(self, key: str, *, now_s: float) -> Measured | None:
         """The one that is kept, unless it is too old, or not to be read."""
-        try:
-            measured = msgspec.convert(self._records.get(key), Measured)
-        except msgspec.ValidationError:
+        measured = self._read(key)
+        if measured is None:
             return None
         kept_for_s = KEPT_FOR_S if measured.is_steady else KEPT_BUSY_FOR_S
         return measured if 0.0 <= now_s - measured.measured_s <= kept_for_s else None
 
     def is_due(self, key: str, *, now_s: float) -> bool:
         """Whether there is or was one that had better be measured again when the device is quiet."""
-        try:
-            measured = msgspec.convert(self._records.get(key), Measured)
-        except msgspec.ValidationError:
+        measured = self._read(key)
+        if measured is None:
             return False
         return not measured.is_steady or not 0.0 <= now_s - measured.measured_s <= DUE_AFTER_S
+
+    def _read(self, key: str) -> Measured | None:
+        try:
+            return msgspec.convert(self._records.get(key), Measured)
+        except msgspec.ValidationError:
+            return None
 
     def keep(self, key: str, measured: Measured) -> None:
         """Keeps it, in the place of an older one."""

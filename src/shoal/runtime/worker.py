@@ -221,7 +221,9 @@ class Worker:
             self._backend,
             num_threads=start.num_threads,
             repack=start.repack,
-            for_plan=is_thorough,
+            # An accelerator is timed for a moment, alone as beside a processor: two layers are as far from its memory as all,
+            # and Mesa's software driver crashes when more are timed over and over.
+            for_plan=is_thorough and self._backend.is_host,
             head=start.head,
             memory_bytes=start.memory_bytes,
         )
@@ -246,7 +248,6 @@ class Worker:
         device = next(device for device in compute_devices() if device.name == name)
         memory_bytes = int(MEMORY_SHARE * device.memory_free_bytes)
         with contextlib.closing(Backend(name)) as backend:
-            # Roughly: two layers are as far from such a memory as all of them.
             profile = ComputeProfile(self._model, backend, num_threads=1, repack=False)
         return AcceleratorReport(
             name,
