@@ -221,8 +221,8 @@ class Worker:
             self._backend,
             num_threads=start.num_threads,
             repack=start.repack,
-            # An accelerator is timed for a moment, alone as beside a processor: two layers are as far from its memory as all,
-            # and Mesa's software driver crashes when more are timed over and over.
+            # An accelerator is timed for a moment, alone as beside a processor: two layers are as far from its memory as
+            # all of them, and Mesa's software driver crashes when more are timed over and over.
             for_plan=is_thorough and self._backend.is_host,
             head=start.head,
             memory_bytes=start.memory_bytes,

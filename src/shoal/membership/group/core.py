@@ -149,8 +149,6 @@ class GroupCore:
         self._acked_s: dict[NodeId, float] = {}
         self._answer_s: dict[NodeId, float] = {}
         """How long each took to answer the last heartbeat that it answered."""
-        self._first_asked: tuple[Record, list[NodeId]] | None = None
-        """Who is asked first for the child of that record, chosen before a decision waits for it."""
         self._widen_at_s = _NEVER
         """When the other voters are asked too."""
         self._missed_s: dict[NodeId, float] = {}
@@ -578,7 +576,6 @@ class GroupCore:
         self._sent_s.append((self._sequence, now_s))
         heartbeat = GroupHeartbeat(self._scope(), self._sequence, self._quorum_age_s())
         self._send([member.node for member in self.committed.members], heartbeat)
-        self._first_asked = (self.committed, self._enough_voters())
         if self._sequence % _BEATS_PER_NEWS == 0:
             self._tell_outsiders()
         self._ask_the_rest()
@@ -647,9 +644,7 @@ class GroupCore:
         self._acks = set()
         self._proposed_s = self._now_s
         # The others may write while this device does: their word does not rest on its own.
-        chosen = self._first_asked
-        enough = chosen[1] if chosen is not None and chosen[0] is self.committed else self._enough_voters()
-        self._send(enough, Propose(self._scope(), record))
+        self._send(self._enough_voters(), Propose(self._scope(), record))
         self._widen_at_s = self._now_s + self.timing.widen_s
         if self.role is Role.PROPOSING:
             # A heartbeat that is due goes out with the commit: everyone's answers to it would come before the voters'.
@@ -867,7 +862,6 @@ class GroupCore:
             self._check_links()
         elif isinstance(fact, MemberGone):
             self._here.pop(fact.node, None)
-            self._first_asked = None
             self.links.forget(fact.node)
             self.changes.gone[fact.node] = fact.incarnation
             if fact.node == self.leader and self.role is Role.FOLLOWING:
