@@ -24,6 +24,7 @@ from shoal.errors import LabError
 from shoal.lab import records
 from shoal.lab.cluster import Lab
 from shoal.lab.facts import Facts, static_marks
+from shoal.lab.process_identity import wait_ended
 from shoal.lab.router_messages import RouterClient
 from shoal.lab.run import describe_executed, execute
 from shoal.lab.run import run as run_scenario
@@ -339,6 +340,9 @@ def down(*, lab: str | None) -> None:
         if time.monotonic() > give_up_s:
             raise LabError(f"{record.id} does not end: end process {record.owner.pid} and run `shoal lab clean`")
         time.sleep(_TICK_S)
+    # The folder goes first and the process that held it a moment later.
+    if wait_ended([record.owner], timeout_s=max(0.0, give_up_s - time.monotonic())):
+        raise LabError(f"{record.id} is gone, but its process {record.owner.pid} does not end: end it")
     Console(stderr=True).print(f"{record.id} is gone")
 
 
