@@ -73,10 +73,10 @@ def _made(name: str, quantisation: str, **changes: Any) -> Path:
 
 
 def weights_bytes(path: Path) -> tuple[int, int]:
-    """All that is multiplied with, and the cache of one layer."""
+    """All that is multiplied with, and the cache of all layers."""
     model = Model(path)
     try:
-        cache_bytes = CONTEXT * model.shape.kv_bytes_per_token_and_layer
+        cache_bytes = CONTEXT * model.shape.kv_bytes_per_token_and_layer * len(model.layer_bytes)
         return sum(model.layer_bytes) + model.output_bytes, cache_bytes
     finally:
         model.close()
@@ -184,7 +184,7 @@ def measure_home(regimes: dict[str, float], *, tokens: int) -> dict[str, dict[st
     model = ring_model()
     played = home_ring(model)
     check(played, label="benchmark")
-    total_bytes, layer_cache_bytes = weights_bytes(model)
+    total_bytes, cache_bytes = weights_bytes(model)
     found: dict[str, dict[str, Any]] = {}
     with Lab(played) as lab:
         names = [name for name in lab.devices if name != "client"]
@@ -195,7 +195,7 @@ def measure_home(regimes: dict[str, float], *, tokens: int) -> dict[str, dict[st
         compute_s = sum(stage["compute_s"] for stage in roomy["stages"])
         hops_s = roomy["token_s"] - compute_s
         must_read_bytes = (1 - RESIDENT_SHARE) * total_bytes / len(names)
-        kept_bytes = RESIDENT_SHARE * total_bytes / len(names) + 12 * layer_cache_bytes
+        kept_bytes = (RESIDENT_SHARE * total_bytes + cache_bytes) / len(names)
         caps = [int(floor_bytes + kept_bytes) for floor_bytes in floors]
         for name, cap in zip(names, caps, strict=True):
             lab.apply(Squeeze(device=name, memory_mib=cap / MIB))
@@ -285,13 +285,13 @@ def alone(model: Path) -> Scenario:
 def measure_alone(*, rounds: int, tokens: int) -> dict[str, Any]:
     """What one device reads, and seconds per token of our map and of llama.cpp's, in turns, under the same cap."""
     model = starved_model()
-    total_bytes, layer_cache_bytes = weights_bytes(model)
+    total_bytes, cache_bytes = weights_bytes(model)
     played = alone(model)
     check(played, label="benchmark")
     with Lab(played) as lab:
         ring = Ring(lab, model, ["only"])
         (floor_bytes,) = ring.answer([], tokens=1)["anonymous"]
-        needed_bytes = total_bytes + sum(STARVED_LAYERS) * layer_cache_bytes + floor_bytes
+        needed_bytes = total_bytes + cache_bytes + floor_bytes
         cap_bytes = total_bytes * 2 // 3
         lab.apply(Squeeze(device="only", memory_mib=cap_bytes / MIB))
         read_bytes = _bytes_per_token(lab, ring, cap_bytes)
