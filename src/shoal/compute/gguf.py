@@ -158,15 +158,16 @@ class GGUFFile:
         """The files the model consists of, in order."""
         return [part.path for part in self._parts]
 
-    def keep_resident(self, infos: Iterable[TensorInfo]) -> None:
-        """Brings these tensors into memory and takes everything else out, where the system lets us say so.
+    def keep_resident(self, infos: Iterable[TensorInfo], *, is_short: bool) -> None:
+        """Brings these tensors into memory, and takes everything else out where memory is short, as far as the system lets
+        us say so.
 
         Raises:
             BadModelFile: a file is gone.
         """
         for part, extents in zip(self._parts, self._extents(infos), strict=True):
             try:
-                keep_resident(part.path, part.open_map, extents)
+                keep_resident(part.path, part.open_map, extents, is_short=is_short)
             except OSError as error:
                 raise BadModelFile(f"{part.path} cannot be read: {error.strerror or error}") from error
 

@@ -29,8 +29,9 @@ Extent = tuple[int, int]
 """[first byte, stop)."""
 
 
-def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent]) -> None:
-    """Brings `wanted` of a mapped file into memory, and takes the rest of it out.
+def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent], *, is_short: bool) -> None:
+    """Brings `wanted` of a mapped file into memory. Where memory is short, as known or as it shows, the rest of the file is
+    taken out of it: what was used often before, such as layers of another plan, would push out what is new.
 
     Raises:
         OSError: the file cannot be opened again.
@@ -40,24 +41,30 @@ def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent]) -> No
     extents = _whole_pages(wanted, num_bytes=len(mapped))
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Pages that are mapped cannot be dropped from the cache.
-        mapped.madvise(mmap.MADV_DONTNEED)
-        mapped.madvise(mmap.MADV_RANDOM)
-        for first, stop in _between(extents, num_bytes=len(mapped)):
-            os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
-        # As with the map: nothing beyond what is asked for.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        for _ in range(_ATTEMPTS):
-            missing = [extent for extent in _chunks(extents) if missing_bytes(mapped, [extent])]
-            for first, stop in missing:
-                os.pread(descriptor, stop - first, first)
-                _populate(mapped, (first, stop))
-            if not missing:
-                break
+        if is_short or not _bring_in(descriptor, mapped, extents):
+            # Pages that are mapped cannot be dropped from the cache.
+            mapped.madvise(mmap.MADV_DONTNEED)
+            mapped.madvise(mmap.MADV_RANDOM)
+            for first, stop in _between(extents, num_bytes=len(mapped)):
+                os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
+            # As with the map: nothing beyond what is asked for.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            for _ in range(_ATTEMPTS):
+                if _bring_in(descriptor, mapped, extents):
+                    break
         for extent in _chunks(extents):
             _populate(mapped, extent)  # what was in the cache already
     finally:
         os.close(descriptor)
+
+
+def _bring_in(descriptor: int, mapped: mmap.mmap, extents: Iterable[Extent]) -> bool:
+    """Reads what is missing; returns whether all is there then."""
+    missing = [extent for extent in _chunks(extents) if missing_bytes(mapped, [extent])]
+    for first, stop in missing:
+        os.pread(descriptor, stop - first, first)
+        _populate(mapped, (first, stop))
+    return not missing or not missing_bytes(mapped, extents)
 
 
 def missing_bytes(mapped: mmap.mmap, wanted: Iterable[Extent]) -> int:

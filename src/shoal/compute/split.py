@@ -56,6 +56,7 @@ class SplitStage:
         head: bool = False,
         repack: bool = True,
         streaming: Streaming | None = None,
+        bring_in: bool = False,
     ) -> None:
         own, theirs = split_windows(windows, accelerator_layers, head=head)
         self.model, self.backend, self.is_head = model, backend, head
@@ -63,7 +64,15 @@ class SplitStage:
         self.layers = [layer for window in windows for layer in range(window.first, window.stop)]
         self._accelerator = accelerator
         self._own = Stage(
-            model, own, backend, context=context, micro_batch=micro_batch, head=head, repack=repack, streaming=streaming
+            model,
+            own,
+            backend,
+            context=context,
+            micro_batch=micro_batch,
+            head=head,
+            repack=repack,
+            streaming=streaming,
+            bring_in=bring_in,
         )
         try:
             self._theirs = Stage(model, theirs, accelerator, context=context, micro_batch=micro_batch, repack=False)

@@ -48,6 +48,7 @@ class Stage:
         repack: copy matrices into the device's faster order where it has one; a stage that streams does without.
         streaming: what is read from disk each time it is needed; None keeps everything in memory.
         prefetch: ask the system for the next window's weights when one is done (`compute/prefetch.py`).
+        bring_in: read what stays in memory now, not with its first use; a stage that streams always does.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Stage:
         repack: bool = True,
         streaming: Streaming | None = None,
         prefetch: bool = False,
+        bring_in: bool = False,
     ) -> None:
         if head and windows[-1].stop != model.shape.num_layers:
             raise ValueError(f"the head holds the last layers, not {windows[-1]} of {model.shape.num_layers}")
@@ -75,7 +77,7 @@ class Stage:
         self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
         self.embedding = EmbeddingTable(model) if head else None
         self._rope_name = model.rope_factor_name(context=context) if self.layers else None
-        self._repack = repack
+        self._repack, self._brings_in = repack, bring_in
         self._place(streaming)
         self._prefetch: Prefetch | None = None
         if prefetch:
@@ -134,7 +136,6 @@ class Stage:
             raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
         if not len(self.windows[window]) and not self._ends(window):
             return x_BD
-        self._unseen.discard(window)
         wanted = num_tokens if not self._ends(window) or num_outputs is None else num_outputs
         self._has_projected |= self._ends(window) and not wants_hidden and wanted > 0
         shape = _GraphShape(num_tokens, _cells(position + num_tokens), wanted, wants_hidden, window)
@@ -221,14 +222,10 @@ class Stage:
             repackable=matrices if self._repack and streaming is None else (),
             backend=backend,
         )
-        self._unseen = {window for window, names in enumerate(by_window) if names}
-        """Windows whose weights may still have to come from disk for the first time."""
-        self._has_projected = False
+        self._has_projected = streaming is not None
         """Whether the output projection has been used: for embeddings it never is."""
-        if streaming is not None:
-            model.file.keep_resident(resident)
-            self._unseen.clear()
-            self._has_projected = True
+        if self._brings_in or streaming is not None:
+            model.file.keep_resident(self.weights.mapped, is_short=streaming is not None)
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
@@ -249,9 +246,7 @@ class Stage:
         self._layer_tensors = self._tensors_of_layers()
 
     def missing_bytes(self) -> int:
-        """Of the mapped weights that stay, how much the system has taken; 0 until each window has been used once."""
-        if self._unseen:
-            return 0
+        """Of the mapped weights that stay, how much is not in memory."""
         unread = () if self._has_projected else (self.model.output_name,)
         return self.model.file.missing_bytes(info for info in self.weights.mapped if info.name not in unread)
 

@@ -274,9 +274,10 @@ class Worker:
             if assigned.memory_bytes is not None and assigned.memory_bytes < memory_bytes:
                 memory_bytes = assigned.memory_bytes
                 streaming = self._choose_streaming(assigned, memory_bytes)
-            self._watch, self._faults = MemoryWatch(memory_bytes), PageFaults()
-            self._next_check_s = time.monotonic() + CHECK_EVERY_S
+            self._watch = MemoryWatch(memory_bytes)
         self._stage = stage = self._make_stage(assigned, windows, streaming, repack=start.repack)
+        self._faults = PageFaults()
+        self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._listener = None
         self._ring_keys: RingKeys | None = None
         if assigned.num_stages > 1:
@@ -299,7 +300,8 @@ class Worker:
     def _make_stage(
         self, assigned: AssignLayers, windows: Sequence[LayerRange], streaming: Streaming | None, *, repack: bool
     ) -> AnyStage:
-        repack = repack and assigned.residency == "auto"
+        is_auto = assigned.residency == "auto"
+        repack = repack and is_auto
         if assigned.accelerator_layers:
             return SplitStage(
                 self._model,
@@ -312,6 +314,7 @@ class Worker:
                 head=assigned.head,
                 repack=repack,
                 streaming=streaming,
+                bring_in=is_auto,
             )
         return Stage(
             self._model,
@@ -324,6 +327,7 @@ class Worker:
             streaming=streaming,
             # A device alone would ask for what it has just used.
             prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
+            bring_in=is_auto,
         )
 
     def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
