@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,25 +27,12 @@ IDS = np.random.default_rng(5).integers(0, 500, 40).tolist()
 
 @contextmanager
 def opened(
-    path: Path,
-    streaming: Streaming | None,
-    *,
-    windows: list[LayerRange] | None = None,
-    repack: bool = False,
-    bring_in: bool = False,
+    path: Path, streaming: Streaming | None, *, windows: list[LayerRange] | None = None, repack: bool = False
 ) -> Iterator[Stage]:
     model, backend = Model(path), Backend(num_threads=1)
     layers = LayerRange(0, model.shape.num_layers)
     stage = Stage(
-        model,
-        windows or [layers],
-        backend,
-        context=64,
-        micro_batch=16,
-        head=True,
-        repack=repack,
-        streaming=streaming,
-        bring_in=bring_in,
+        model, windows or [layers], backend, context=64, micro_batch=16, head=True, repack=repack, streaming=streaming
     )
     try:
         yield stage
@@ -184,17 +172,36 @@ def test_where_direct_reads_are_refused_others_serve(
         assert np.array_equal(logits(stage), expected)
 
 
+def test_what_has_not_been_used_yet_is_not_lost(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [LayerRange(0, 1), LayerRange(1, 2), LayerRange(2, 3)]
+    with opened(tiny_model("llama", "Q4_0"), None, windows=windows) as stage:
+        monkeypatch.setattr(stage.model.file, "missing_bytes", lambda _: 4096)
+        hidden = np.zeros((1, stage.model.shape.hidden_size), np.float32)
+        for window in range(3):
+            assert stage.missing_bytes() == 0
+            stage.forward(hidden, 0, window=window)
+        assert stage.missing_bytes() == 4096
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is in memory")
-@pytest.mark.parametrize("repack", [False, True])
-def test_what_stays_is_brought_in_before_it_is_used(tiny_model: TinyModel, *, repack: bool) -> None:
+@pytest.mark.parametrize("is_short", [False, True])
+def test_what_stays_is_brought_in_before_it_is_used(tiny_model: TinyModel, *, is_short: bool) -> None:
     path = tiny_model("llama", "Q4_0")
-    with opened(path, None, repack=repack, bring_in=False) as stage, path.open("rb") as file:
+    with path.open("rb") as file:
         os.fsync(file.fileno())  # dirty pages cannot be dropped
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if not stage.model.file.missing_bytes(stage.model.file.tensors.values()):
+    with opened(path, None) as stage:
+        model_file, mapped = stage.model.file, stage.weights.mapped
+        if not model_file.missing_bytes(mapped):
             pytest.skip("this file system keeps every page")
-    with opened(path, None, repack=repack, bring_in=True) as stage:
-        assert stage.model.file.missing_bytes(stage.weights.mapped) == 0
+        stage.bring_in(is_short=is_short)
+        give_up_s = time.monotonic() + 10
+        while model_file.missing_bytes(mapped) and time.monotonic() < give_up_s:
+            time.sleep(0.01)
+        assert model_file.missing_bytes(mapped) == 0
+        found = logits(stage)
+    with opened(path, None) as stage:
+        assert np.array_equal(logits(stage), found)
 
 
 def test_an_output_projection_that_only_embeddings_pass_by_is_not_lost(

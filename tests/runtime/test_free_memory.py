@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.runtime.free_memory import available_bytes
+from shoal.runtime.free_memory import available_bytes, unused_bytes
 
 MB = 1_000_000
 
@@ -37,6 +37,7 @@ def test_version_2_and_a_group_without_limit(tmp_path: Path) -> None:
     group(tmp_path / "home/shoal", memory__max="max", memory__current=90 * MB)
     group(tmp_path / "home", memory__max=100 * MB, memory__current=95 * MB, memory__stat=f"active_file {4 * MB}")
     assert free(tmp_path, "0::/home/shoal") == 9 * MB
+    assert unused_bytes(membership=tmp_path / "membership", groups=tmp_path) == 5 * MB
 
 
 def test_more_than_the_limit_leaves_nothing(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Self
 import msgspec
 import numpy as np
 
-from shoal.compute.page_cache import Extent, keep_resident, missing_bytes, will_need
+from shoal.compute.page_cache import Extent, keep_resident, missing_bytes, take_out_others, will_need
 from shoal.errors import BadModelFile, ModelNotFound, UnsupportedModel
 
 HEADER_BYTES_MAX = 256 << 20
@@ -158,16 +158,26 @@ class GGUFFile:
         """The files the model consists of, in order."""
         return [part.path for part in self._parts]
 
-    def keep_resident(self, infos: Iterable[TensorInfo], *, is_short: bool) -> None:
-        """Brings these tensors into memory, and takes everything else out where memory is short, as far as the system lets
-        us say so.
+    def keep_resident(self, infos: Iterable[TensorInfo]) -> None:
+        """Brings these tensors into memory and takes everything else out, where the system lets us say so.
 
         Raises:
             BadModelFile: a file is gone.
         """
+        self._with_parts(keep_resident, infos)
+
+    def take_out_others(self, infos: Iterable[TensorInfo]) -> None:
+        """Takes everything else that nobody uses out of memory, where the system lets us say so.
+
+        Raises:
+            BadModelFile: a file is gone.
+        """
+        self._with_parts(take_out_others, infos)
+
+    def _with_parts(self, act: Callable[[Path, mmap.mmap, list[Extent]], None], infos: Iterable[TensorInfo]) -> None:
         for part, extents in zip(self._parts, self._extents(infos), strict=True):
             try:
-                keep_resident(part.path, part.open_map, extents, is_short=is_short)
+                act(part.path, part.open_map, extents)
             except OSError as error:
                 raise BadModelFile(f"{part.path} cannot be read: {error.strerror or error}") from error
 

@@ -29,9 +29,8 @@ Extent = tuple[int, int]
 """[first byte, stop)."""
 
 
-def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent], *, is_short: bool) -> None:
-    """Brings `wanted` of a mapped file into memory. Where memory is short, as known or as it shows, the rest of the file is
-    taken out of it: what was used often before, such as layers of another plan, would push out what is new.
+def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent]) -> None:
+    """Brings `wanted` of a mapped file into memory, and takes the rest of it out.
 
     Raises:
         OSError: the file cannot be opened again.
@@ -41,30 +40,44 @@ def keep_resident(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent], *, is
     extents = _whole_pages(wanted, num_bytes=len(mapped))
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if is_short or not _bring_in(descriptor, mapped, extents):
-            # Pages that are mapped cannot be dropped from the cache.
-            mapped.madvise(mmap.MADV_DONTNEED)
-            mapped.madvise(mmap.MADV_RANDOM)
-            for first, stop in _between(extents, num_bytes=len(mapped)):
-                os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
-            # As with the map: nothing beyond what is asked for.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-            for _ in range(_ATTEMPTS):
-                if _bring_in(descriptor, mapped, extents):
-                    break
+        _take_out_others(descriptor, mapped, extents)
+        mapped.madvise(mmap.MADV_RANDOM)
+        # As with the map: nothing beyond what is asked for.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        for _ in range(_ATTEMPTS):
+            missing = [extent for extent in _chunks(extents) if missing_bytes(mapped, [extent])]
+            for first, stop in missing:
+                os.pread(descriptor, stop - first, first)
+                _populate(mapped, (first, stop))
+            if not missing:
+                break
         for extent in _chunks(extents):
             _populate(mapped, extent)  # what was in the cache already
     finally:
         os.close(descriptor)
 
 
-def _bring_in(descriptor: int, mapped: mmap.mmap, extents: Iterable[Extent]) -> bool:
-    """Reads what is missing; returns whether all is there then."""
-    missing = [extent for extent in _chunks(extents) if missing_bytes(mapped, [extent])]
-    for first, stop in missing:
-        os.pread(descriptor, stop - first, first)
-        _populate(mapped, (first, stop))
-    return not missing or not missing_bytes(mapped, extents)
+def take_out_others(path: Path, mapped: mmap.mmap, wanted: Iterable[Extent]) -> None:
+    """Takes what nobody has mapped of a file out of memory, but for `wanted`: pages that were used often before, such as
+    layers of another plan, would push out those that are new.
+
+    Raises:
+        OSError: the file cannot be opened again.
+    """
+    if sys.platform != "linux":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _take_out_others(descriptor, mapped, _whole_pages(wanted, num_bytes=len(mapped)))
+    finally:
+        os.close(descriptor)
+
+
+def _take_out_others(descriptor: int, mapped: mmap.mmap, extents: Sequence[Extent]) -> None:
+    # Pages that are mapped cannot be dropped from the cache.
+    mapped.madvise(mmap.MADV_DONTNEED)
+    for first, stop in _between(extents, num_bytes=len(mapped)):
+        os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
 
 
 def missing_bytes(mapped: mmap.mmap, wanted: Iterable[Extent]) -> int:

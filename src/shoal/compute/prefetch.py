@@ -1,18 +1,53 @@
-"""Mapped weights, asked for ahead of their use: prima.cpp's way, kept as a baseline (`--residency mmap`).
+"""Mapped weights, asked for ahead of their use.
 
-All weights are mapped and the system decides what stays. When a device has computed one window, it asks for the next
-one's pages, which then arrive while the other devices compute. Where windows are larger than memory, what was asked
-for pushes out what is needed before it: `compute/streaming.py` is the way that does not.
+`ReadAhead` reads what stays in memory once, in the order of its use: the devices of a ring read at the same time, each
+beside what it computes already, and not one after the other as a first token comes by.
+
+`Prefetch` is prima.cpp's way, kept as a baseline (`--residency mmap`). All weights are mapped and the system decides what
+stays. When a device has computed one window, it asks for the next one's pages, which then arrive while the other devices
+compute. Where windows are larger than memory, what was asked for pushes out what is needed before it:
+`compute/streaming.py` is the way that does not.
 
 Source: Li et al., Prima.cpp (2025), its piped ring with prefetching.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from shoal.compute.gguf import GGUFFile, TensorInfo
+
+_PIECE_BYTES = 1024 * 1024
+
+
+class ReadAhead:
+    """Reads tensors in a thread of its own, in their order, so that the system has them in memory.
+
+    By reading, since what is only asked for (`MADV_WILLNEED`) is cut short: to 8 MB, or 128 KB where the disk is set so.
+    """
+
+    def __init__(self, file: GGUFFile, tensors: Sequence[TensorInfo]) -> None:
+        self._file, self._tensors = file, tensors
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        piece = memoryview(bytearray(_PIECE_BYTES))
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # who computes with it will say
+            parts = [stack.enter_context(path.open("rb", buffering=0)) for path in self._file.part_paths]
+            for tensor in self._tensors:
+                left = tensor.num_bytes if self._file.missing_bytes([tensor]) else 0
+                parts[tensor.part].seek(tensor.offset)
+                while left and not self._is_closing and (count := parts[tensor.part].readinto(piece[:left])):
+                    left -= count
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._thread.join()
 
 
 class Prefetch:

@@ -56,7 +56,6 @@ class SplitStage:
         head: bool = False,
         repack: bool = True,
         streaming: Streaming | None = None,
-        bring_in: bool = False,
     ) -> None:
         own, theirs = split_windows(windows, accelerator_layers, head=head)
         self.model, self.backend, self.is_head = model, backend, head
@@ -64,15 +63,7 @@ class SplitStage:
         self.layers = [layer for window in windows for layer in range(window.first, window.stop)]
         self._accelerator = accelerator
         self._own = Stage(
-            model,
-            own,
-            backend,
-            context=context,
-            micro_batch=micro_batch,
-            head=head,
-            repack=repack,
-            streaming=streaming,
-            bring_in=bring_in,
+            model, own, backend, context=context, micro_batch=micro_batch, head=head, repack=repack, streaming=streaming
         )
         try:
             self._theirs = Stage(model, theirs, accelerator, context=context, micro_batch=micro_batch, repack=False)
@@ -117,6 +108,9 @@ class SplitStage:
     @property
     def holds_windows(self) -> bool:
         return self._own.holds_windows
+
+    def bring_in(self, *, is_short: bool) -> None:
+        self._own.bring_in(is_short=is_short)
 
     def missing_bytes(self) -> int:
         return self._own.missing_bytes()

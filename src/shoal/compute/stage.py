@@ -20,7 +20,7 @@ from shoal.compute import ggml
 from shoal.compute.backend import Backend, TensorPort
 from shoal.compute.model import EmbeddingTable, Model, matrix_names
 from shoal.compute.models.transformer import LayerTensors, MicroBatch, multiply
-from shoal.compute.prefetch import Prefetch
+from shoal.compute.prefetch import Prefetch, ReadAhead
 from shoal.compute.streaming import StreamedTensors, Streaming, row_runs
 from shoal.compute.weights import Weights
 from shoal.errors import ContextExceeded
@@ -48,7 +48,6 @@ class Stage:
         repack: copy matrices into the device's faster order where it has one; a stage that streams does without.
         streaming: what is read from disk each time it is needed; None keeps everything in memory.
         prefetch: ask the system for the next window's weights when one is done (`compute/prefetch.py`).
-        bring_in: read what stays in memory now, not with its first use; a stage that streams always does.
     """
 
     def __init__(
@@ -63,7 +62,6 @@ class Stage:
         repack: bool = True,
         streaming: Streaming | None = None,
         prefetch: bool = False,
-        bring_in: bool = False,
     ) -> None:
         if head and windows[-1].stop != model.shape.num_layers:
             raise ValueError(f"the head holds the last layers, not {windows[-1]} of {model.shape.num_layers}")
@@ -77,9 +75,10 @@ class Stage:
         self._num_cells_max = -(-context // CELLS_STEP) * CELLS_STEP
         self.embedding = EmbeddingTable(model) if head else None
         self._rope_name = model.rope_factor_name(context=context) if self.layers else None
-        self._repack, self._brings_in = repack, bring_in
+        self._repack = repack
         self._place(streaming)
         self._prefetch: Prefetch | None = None
+        self._read_ahead: ReadAhead | None = None
         if prefetch:
             tensors, by_window = model.file.tensors, matrix_names(model, self.windows, head=head)
             self._prefetch = Prefetch(model.file, [[tensors[name] for name in names] for names in by_window])
@@ -136,6 +135,7 @@ class Stage:
             raise ContextExceeded(f"{position + num_tokens} tokens do not fit a context of {self.context}: raise --context")
         if not len(self.windows[window]) and not self._ends(window):
             return x_BD
+        self._unseen.discard(window)
         wanted = num_tokens if not self._ends(window) or num_outputs is None else num_outputs
         self._has_projected |= self._ends(window) and not wants_hidden and wanted > 0
         shape = _GraphShape(num_tokens, _cells(position + num_tokens), wanted, wants_hidden, window)
@@ -181,6 +181,7 @@ class Stage:
         """Frees everything but the model file and the backend, which their owners close."""
         if self._prefetch is not None:
             self._prefetch.close()
+        self._stop_reading_ahead()
         self._drop_graphs()
         if self._allocator:
             L.ggml_gallocr_free(self._allocator)
@@ -222,10 +223,14 @@ class Stage:
             repackable=matrices if self._repack and streaming is None else (),
             backend=backend,
         )
-        self._has_projected = streaming is not None
+        self._unseen = {window for window, names in enumerate(by_window) if names}
+        """Windows whose weights may still have to come from disk for the first time."""
+        self._has_projected = False
         """Whether the output projection has been used: for embeddings it never is."""
-        if self._brings_in or streaming is not None:
-            model.file.keep_resident(self.weights.mapped, is_short=streaming is not None)
+        if streaming is not None:
+            model.file.keep_resident(resident)
+            self._unseen.clear()
+            self._has_projected = True
         self._vectors = self.weights.tensors
         placed = self.weights.tensors | (self.streamed.tensors if self.streamed else {})
         self._matrices = {name: [placed[run.name] for run in runs[name]] for name in matrices}
@@ -238,6 +243,7 @@ class Stage:
         Raises:
             ValueError: the device has memory of its own.
         """
+        self._stop_reading_ahead()
         self._drop_graphs()
         self.weights.close()
         if self.streamed is not None:
@@ -245,8 +251,29 @@ class Stage:
         self._place(streaming)
         self._layer_tensors = self._tensors_of_layers()
 
+    def bring_in(self, *, is_short: bool) -> None:
+        """Begins to read what stays in memory, ahead of its first use, where nothing is streamed.
+
+        Args:
+            is_short: whether there is too little unused memory; then what is cached of the file's other layers gives way.
+
+        Raises:
+            BadModelFile: a file is gone.
+        """
+        self._stop_reading_ahead()
+        if is_short:
+            self.model.file.take_out_others(self.weights.mapped)
+        self._read_ahead = ReadAhead(self.model.file, self.weights.mapped)
+
+    def _stop_reading_ahead(self) -> None:
+        if self._read_ahead is not None:
+            self._read_ahead.close()
+            self._read_ahead = None
+
     def missing_bytes(self) -> int:
-        """Of the mapped weights that stay, how much is not in memory."""
+        """Of the mapped weights that stay, how much the system has taken; 0 until each window has been used once."""
+        if self._unseen:
+            return 0
         unread = () if self._has_projected else (self.model.output_name,)
         return self.model.file.missing_bytes(info for info in self.weights.mapped if info.name not in unread)
 

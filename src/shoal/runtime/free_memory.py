@@ -47,7 +47,13 @@ def available_bytes(*, membership: Path = Path("/proc/self/cgroup"), groups: Pat
     return max(0, min([free, *_left_in_groups(membership, groups)]))
 
 
-def _left_in_groups(membership: Path, groups: Path) -> Iterator[int]:
+def unused_bytes(*, membership: Path = Path("/proc/self/cgroup"), groups: Path = _GROUPS) -> int:
+    """As `available_bytes`, but without what is page cache now."""
+    free = int(psutil.virtual_memory().free)
+    return max(0, min([free, *_left_in_groups(membership, groups, counts_cache=False)]))
+
+
+def _left_in_groups(membership: Path, groups: Path, *, counts_cache: bool = True) -> Iterator[int]:
     """What the group of this process leaves, and each group above it."""
     try:
         lines = membership.read_text().splitlines()
@@ -65,7 +71,7 @@ def _left_in_groups(membership: Path, groups: Path) -> Iterator[int]:
         while True:
             limit, usage = _number(folder / limit_file), _number(folder / usage_file)
             if limit is not None and usage is not None:
-                yield limit - usage + _cache_bytes(folder / "memory.stat")
+                yield limit - usage + (_cache_bytes(folder / "memory.stat") if counts_cache else 0)
             if folder == root:
                 break
             folder = folder.parent

@@ -37,7 +37,7 @@ from shoal.placement.profile import HEAD_ROOM_BYTES
 from shoal.placement.window import TensorLoad, choose_residency
 from shoal.runtime.answer import Conversation
 from shoal.runtime.errors_by_name import failure
-from shoal.runtime.free_memory import PageFaults, available_bytes
+from shoal.runtime.free_memory import PageFaults, available_bytes, unused_bytes
 from shoal.runtime.kept_profiles import KeptProfiles, Measured, key_of_start
 from shoal.runtime.messages import (
     AcceleratorReport,
@@ -276,8 +276,10 @@ class Worker:
                 streaming = self._choose_streaming(assigned, memory_bytes)
             self._watch = MemoryWatch(memory_bytes)
         self._stage = stage = self._make_stage(assigned, windows, streaming, repack=start.repack)
-        self._faults = PageFaults()
-        self._next_check_s = time.monotonic() + CHECK_EVERY_S
+        if self._watch is not None:
+            self._bring_in()
+            self._faults = PageFaults()
+            self._next_check_s = time.monotonic() + CHECK_EVERY_S
         self._listener = None
         self._ring_keys: RingKeys | None = None
         if assigned.num_stages > 1:
@@ -300,8 +302,7 @@ class Worker:
     def _make_stage(
         self, assigned: AssignLayers, windows: Sequence[LayerRange], streaming: Streaming | None, *, repack: bool
     ) -> AnyStage:
-        is_auto = assigned.residency == "auto"
-        repack = repack and is_auto
+        repack = repack and assigned.residency == "auto"
         if assigned.accelerator_layers:
             return SplitStage(
                 self._model,
@@ -314,7 +315,6 @@ class Worker:
                 head=assigned.head,
                 repack=repack,
                 streaming=streaming,
-                bring_in=is_auto,
             )
         return Stage(
             self._model,
@@ -327,8 +327,13 @@ class Worker:
             streaming=streaming,
             # A device alone would ask for what it has just used.
             prefetch=assigned.residency == "mmap" and assigned.num_stages > 1,
-            bring_in=is_auto,
         )
+
+    def _bring_in(self) -> None:
+        """Where nothing is streamed, what is missing is read ahead; a stage that streams has read it."""
+        stage = self._stage
+        if stage.streaming is None and (missing_bytes := self._model.file.missing_bytes(stage.weights.mapped)):
+            stage.bring_in(is_short=unused_bytes() < missing_bytes)
 
     def _choose_streaming(self, assigned: AssignLayers, memory_bytes: int) -> Streaming | None:
         by_window, vector_bytes = self._loads(assigned)
@@ -417,6 +422,7 @@ class Worker:
             streaming = self._choose_streaming(assigned, memory_bytes)
             if streaming != stage.streaming:
                 stage.stream_anew(streaming)
+                self._bring_in()
 
     def _connect(self, connect: ConnectRing, assigned: AssignLayers) -> tuple[Inbound, Outbound] | tuple[None, None]:
         if self._listener is None:
