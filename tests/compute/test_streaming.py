@@ -187,10 +187,9 @@ def test_what_has_not_been_used_yet_is_not_lost(tiny_model: TinyModel, monkeypat
 @pytest.mark.parametrize("is_short", [False, True])
 def test_what_stays_is_brought_in_before_it_is_used(tiny_model: TinyModel, *, is_short: bool) -> None:
     path = tiny_model("llama", "Q4_0")
-    with path.open("rb") as file:
+    with opened(path, None) as stage, path.open("rb") as file:
         os.fsync(file.fileno())  # dirty pages cannot be dropped
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with opened(path, None) as stage:
         model_file, mapped = stage.model.file, stage.weights.mapped
         if not model_file.missing_bytes(mapped):
             pytest.skip("this file system keeps every page")
