@@ -40,6 +40,8 @@ class ReadAhead:
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # who computes with it will say
             parts = [stack.enter_context(path.open("rb", buffering=0)) for path in self._file.part_paths]
             for tensor in self._tensors:
+                if self._is_closing:
+                    return
                 left = tensor.num_bytes if self._file.missing_bytes([tensor]) else 0
                 parts[tensor.part].seek(tensor.offset)
                 while left and not self._is_closing and (count := parts[tensor.part].readinto(piece[:left])):

@@ -44,17 +44,17 @@ def available_bytes(*, membership: Path = Path("/proc/self/cgroup"), groups: Pat
         groups: where control groups are mounted, version 1 or 2.
     """
     free = int(psutil.virtual_memory().available)
-    return max(0, min([free, *_left_in_groups(membership, groups)]))
+    return max(0, min([free, *(unused + cached for unused, cached in _left_in_groups(membership, groups))]))
 
 
 def unused_bytes(*, membership: Path = Path("/proc/self/cgroup"), groups: Path = _GROUPS) -> int:
     """As `available_bytes`, but without what is page cache now."""
     free = int(psutil.virtual_memory().free)
-    return max(0, min([free, *_left_in_groups(membership, groups, counts_cache=False)]))
+    return max(0, min([free, *(unused for unused, _ in _left_in_groups(membership, groups))]))
 
 
-def _left_in_groups(membership: Path, groups: Path, *, counts_cache: bool = True) -> Iterator[int]:
-    """What the group of this process leaves, and each group above it."""
+def _left_in_groups(membership: Path, groups: Path) -> Iterator[tuple[int, int]]:
+    """What the group of this process leaves unused and what of its use is page cache, and so each group above it."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:  # no Linux
@@ -71,7 +71,7 @@ def _left_in_groups(membership: Path, groups: Path, *, counts_cache: bool = True
         while True:
             limit, usage = _number(folder / limit_file), _number(folder / usage_file)
             if limit is not None and usage is not None:
-                yield limit - usage + (_cache_bytes(folder / "memory.stat") if counts_cache else 0)
+                yield limit - usage, _cache_bytes(folder / "memory.stat")
             if folder == root:
                 break
             folder = folder.parent
